@@ -1,0 +1,38 @@
+"""The registry of update rules; a new one is a file here and an entry in `ALGEBRAS`."""
+
+from collections.abc import Collection
+
+from .algebra import Algebra
+from .lora import LORA
+
+ALGEBRAS: tuple[Algebra, ...] = (LORA,)
+
+UNSUPPORTED = {
+    "magnitude": "DoRA",
+    "lokr": "LoKr",
+    "loha": "LoHa",
+    "mid": "LoCon with a Tucker core",
+    "up_bias": "LoRA with a bias (lora_bias)",
+    "diff": "a full weight difference (.diff)",
+    "diff_b": "a bias difference (.diff_b)",
+    "diff_m": "a modulation difference (.diff_m)",
+    "set_weight": "a weight replacement (.set_weight)",
+    "reshape_weight": "a widened weight (.reshape_weight)",
+    "w_norm": "a norm difference (.w_norm)",
+    "b_norm": "a norm difference (.b_norm)",
+    "oft_blocks": "OFT",
+    "oft_R": "OFT",
+    "rescale": "OFT",
+    "on_input": "(IA)^3",
+    "glora": "GLoRA",
+}
+"""Roles that are recognised but that no algebra here computes -> what to call them."""
+
+
+def algebra_of(roles: Collection[str]) -> Algebra | None:
+    """The one update rule that these roles make complete; None where none does."""
+    found = set(roles)
+    return next((a for a in ALGEBRAS if a.required <= found <= a.required | a.optional), None)
+
+
+__all__ = ["ALGEBRAS", "UNSUPPORTED", "Algebra", "algebra_of"]

@@ -1,0 +1,219 @@
+"""One model on disk: a single file, a diffusers model folder, or a component of a whole pipeline folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError
+from .families import FAMILIES, family_of_class
+from .manifest import MANIFEST_NAME
+from .naming import Family, Layout, identify, pattern_of
+from .tensorfile import TensorFile, TensorRef, read_header
+
+DEFAULT_COMPONENT = "transformer"
+PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "transformer.", "model.", "net.")
+"""What single-file checkpoints put before the transformer's names."""
+_INDEX_SUFFIX = ".safetensors.index.json"
+_WEIGHTS_STEMS = ("diffusion_pytorch_model", "model")
+
+
+class Form(StrEnum):
+    """How a model lies on disk; a fuse writes the form it read."""
+
+    FILE = "file"
+    MODEL = "model folder"
+    PIPELINE = "pipeline folder"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model whose headers have been read and checked; no weights are in memory."""
+
+    root: Path
+    """The file or folder as it was given."""
+    form: Form
+    component: str | None
+    """The pipeline's folder that holds the transformer; None unless `form` is PIPELINE."""
+    files: tuple[TensorFile, ...]
+    """The weight files: one, or the shards in the order of their names."""
+    tensors: Mapping[str, TensorRef]
+    prefix: str
+    """What stands before the transformer's own names in the file, mostly nothing."""
+    modules: Mapping[str, TensorRef]
+    """Module name without prefix -> its weight."""
+    class_name: str | None
+    family: Family | None
+    layout: Layout | None
+
+    @property
+    def folder(self) -> Path:
+        """What the paths of its files are relative to."""
+        return self.root.parent if self.form is Form.FILE else self.root
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight files."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def title(self) -> str:
+        """What to call it in a message."""
+        return self.family.title if self.family else self.class_name or "a model of no known family"
+
+
+def open_checkpoint(path: Path, component: str | None = None) -> Checkpoint:
+    """Read the headers of a model; `component` names the transformer's folder within a pipeline.
+
+    Raises:
+        CheckpointError: nothing there, no weights, a broken file, shards that do not match their index.
+    """
+    if not path.exists():
+        raise CheckpointError(
+            f"{path}: no such file or folder; expected a .safetensors file, a model folder or a pipeline folder on disk"
+        )
+    if path.is_file():
+        _refuse_component(path, component, "a single file")
+        return _checkpoint(path, Form.FILE, None, (read_header(path),), None)
+    if (path / "model_index.json").is_file():
+        chosen = component or DEFAULT_COMPONENT
+        folder = path / chosen
+        if not folder.is_dir():
+            parts = sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+            raise CheckpointError(f"{path}: this pipeline has no folder {chosen!r}; --component can be one of {parts}")
+        return _checkpoint(path, Form.PIPELINE, chosen, _weight_files(folder), _class_name(folder))
+    _refuse_component(path, component, "a model folder without model_index.json")
+    return _checkpoint(path, Form.MODEL, None, _weight_files(path), _class_name(path))
+
+
+def _refuse_component(path: Path, component: str | None, what: str) -> None:
+    if component is not None:
+        raise CheckpointError(f"{path}: is {what}, so there is no component {component!r} to choose in it")
+
+
+def _checkpoint(
+    root: Path, form: Form, component: str | None, files: tuple[TensorFile, ...], class_name: str | None
+) -> Checkpoint:
+    tensors: dict[str, TensorRef] = {}
+    for file in files:
+        for name, ref in file.tensors.items():
+            if name in tensors:
+                raise CheckpointError(
+                    f"{root}: tensor {name!r} is in both {tensors[name].file.name} and {file.path.name}"
+                )
+            tensors[name] = ref
+    known = identify_prefix(tensors, class_name)
+    prefix, found = known if known else ("", None)
+    modules = {
+        name.removeprefix(prefix).removesuffix(".weight"): ref
+        for name, ref in tensors.items()
+        if name.startswith(prefix) and name.endswith(".weight")
+    }
+    family = found[0] if found else (family_of_class(class_name) if class_name else None)
+    return Checkpoint(
+        root, form, component, files, tensors, prefix, modules, class_name, family, found[1] if found else None
+    )
+
+
+def identify_prefix(
+    tensors: Mapping[str, TensorRef], class_name: str | None
+) -> tuple[str, tuple[Family, Layout]] | None:
+    """The prefix under which the most names belong to a known family, and that family."""
+    best: tuple[int, str, tuple[Family, Layout]] | None = None
+    for prefix in PREFIXES:
+        names = [n.removeprefix(prefix).removesuffix(".weight") for n in tensors if n.startswith(prefix)]
+        found = identify(names, FAMILIES, class_name)
+        if found:
+            explained = len(found[1].patterns & {pattern_of(name) for name in names})
+            if best is None or explained > best[0]:
+                best = (explained, prefix, found)
+    return (best[1], best[2]) if best else None
+
+
+def _class_name(folder: Path) -> str | None:
+    config = read_json(folder / "config.json")
+    name = config.get("_class_name") if config else None
+    return name if isinstance(name, str) else None
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object from a file, or None where there is no file.
+
+    Raises:
+        CheckpointError: it is no JSON object.
+    """
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
+def _weight_files(folder: Path) -> tuple[TensorFile, ...]:
+    indexes = sorted(folder.glob(f"*{_INDEX_SUFFIX}"))
+    loose = sorted(folder.glob("*.safetensors"))
+    for stem in _WEIGHTS_STEMS:  # the names that from_pretrained loads win over variants beside them
+        if (index := folder / f"{stem}{_INDEX_SUFFIX}") in indexes:
+            return _sharded(index)
+        if (single := folder / f"{stem}.safetensors") in loose:
+            return (read_header(single),)
+    if len(indexes) == 1:
+        return _sharded(indexes[0])
+    if len(loose) == 1:
+        return (read_header(loose[0]),)
+    if loose or indexes:
+        names = [p.name for p in (*indexes, *loose)]
+        raise CheckpointError(
+            f"{folder}: several weight files ({names[:6]}) and none has diffusers' name, "
+            "diffusion_pytorch_model.safetensors. Give the one file you mean instead of the folder."
+        )
+    pickles = sorted(p.name for p in folder.glob("*.bin"))
+    hint = f" It has {pickles[0]}, a pickle, which is not read: convert it to safetensors." if pickles else ""
+    raise CheckpointError(f"{folder}: no .safetensors weights and no model_index.json in it.{hint}")
+
+
+def _sharded(index: Path) -> tuple[TensorFile, ...]:
+    weight_map = (read_json(index) or {}).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{index}: expected a 'weight_map' from tensor names to file names")
+    shards = sorted(set(weight_map.values()))
+    outside = [name for name in shards if Path(name).name != name]
+    if outside:
+        raise CheckpointError(f"{index}: names files outside its folder: {outside[:3]}")
+    absent = [name for name in shards if not (index.parent / name).is_file()]
+    if absent:
+        raise CheckpointError(
+            f"{index}: {len(absent)} of {len(shards)} shards are missing: {absent[:3]}; download them"
+        )
+    files = tuple(read_header(index.parent / name) for name in shards)
+    in_files = {name: file.path.name for file in files for name in file.tensors}
+    wrong = sorted(name for name in {*weight_map, *in_files} if weight_map.get(name) != in_files.get(name))
+    if wrong:
+        raise CheckpointError(
+            f"{index}: does not agree with its shards on {len(wrong)} tensors (first: {wrong[0]!r}: "
+            f"index says {weight_map.get(wrong[0])}, found in {in_files.get(wrong[0])})"
+        )
+    return files
+
+
+def side_files(checkpoint: Checkpoint) -> tuple[Path, ...]:
+    """Every other file of the model, relative to its folder and sorted: configs, indexes, other components.
+
+    Hidden files and the `lorafuse.json` of a base that was itself fused are left out.
+    """
+    if checkpoint.form is Form.FILE:
+        return ()
+    weights = {file.path for file in checkpoint.files}
+    found = (path for path in sorted(checkpoint.root.rglob("*")) if path.is_file() and path not in weights)
+    relative = (path.relative_to(checkpoint.root) for path in found)
+    return tuple(
+        path for path in relative if not any(part.startswith(".") for part in path.parts) and str(path) != MANIFEST_NAME
+    )

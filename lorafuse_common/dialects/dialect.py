@@ -1,0 +1,86 @@
+"""What a dialect is: how a LoRA file spells a module's name and the roles of its tensors.
+
+Spelling only runs forwards, from a module's name to its spelling: which dot an underscore was is never guessed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """One spelling, both for reading and for writing."""
+
+    name: str
+    spell: Callable[[str], str]
+    """A module's name (`transformer_blocks.0.attn.to_q`) -> the stem of its keys in the file."""
+    roles: Mapping[str, str]
+    """Role -> the suffix this dialect writes: `down` -> `.lora_down.weight`."""
+
+
+def dotted(prefix: str) -> Callable[[str], str]:
+    """The module's own name behind a prefix."""
+    return lambda module: prefix + module
+
+
+def flat(prefix: str) -> Callable[[str], str]:
+    """The module's name with underscores for dots, behind a prefix."""
+    return lambda module: prefix + module.replace(".", "_")
+
+
+AB_ROLES = {"down": ".lora_A.weight", "up": ".lora_B.weight"}
+AB_DEFAULT_ROLES = {"down": ".lora_A.default.weight", "up": ".lora_B.default.weight"}
+DOWN_UP_ROLES = {"down": ".lora_down.weight", "up": ".lora_up.weight", "alpha": ".alpha"}
+
+_SUFFIXES = {
+    ".lora_down.weight": "down",
+    ".lora_up.weight": "up",
+    ".lora.down.weight": "down",
+    ".lora.up.weight": "up",
+    "_lora.down.weight": "down",
+    "_lora.up.weight": "up",
+    ".lora_linear_layer.down.weight": "down",
+    ".lora_linear_layer.up.weight": "up",
+    ".lora_mid.weight": "mid",
+    ".alpha": "alpha",
+    ".dora_scale": "magnitude",
+    ".magnitude": "magnitude",
+    ".diff": "diff",
+    ".diff_b": "diff_b",
+    ".diff_m": "diff_m",
+    ".set_weight": "set_weight",
+    ".w_norm": "w_norm",
+    ".b_norm": "b_norm",
+    ".reshape_weight": "reshape_weight",
+    ".oft_blocks": "oft_blocks",
+    ".rescale": "rescale",
+    ".on_input": "on_input",
+}
+"""Every known suffix -> role, whichever tool wrote it; one file may mix several styles."""
+
+_PATTERNS = (
+    (re.compile(r"\.lora_A(\.[^.]+)??(\.weight)?$"), "down"),
+    (re.compile(r"\.lora_B(\.[^.]+)??(\.weight)?$"), "up"),
+    (re.compile(r"\.lora_B(\.[^.]+)??\.bias$"), "up_bias"),
+    (re.compile(r"\.lora_magnitude_vector(\.[^.]+)??(\.weight)?$"), "magnitude"),
+    (re.compile(r"\.(lokr_(?:w1|w2)(?:_[ab])?|lokr_t2)(\.[^.]+)?$"), "lokr"),
+    (re.compile(r"\.(hada_w[12]_[ab]|hada_t[12])(\.[^.]+)?$"), "loha"),
+    (re.compile(r"\.oft_R(\.[^.]+)?\.(weight|scaled_oft)$"), "oft_R"),
+    (re.compile(r"\.(a1|a2|b1|b2|bm)\.weight$"), "glora"),
+)
+"""The suffixes that carry an adapter's name or a number."""
+
+
+def split_key(key: str) -> tuple[str, str] | None:
+    """A key's stem (the module as the file spells it) and its role; None where the suffix is unknown."""
+    for suffix, role in _SUFFIXES.items():
+        if key.endswith(suffix) and len(key) > len(suffix):
+            return key.removesuffix(suffix), role
+    for pattern, role in _PATTERNS:
+        match = pattern.search(key)
+        if match and match.start() > 0:
+            return key[: match.start()], role
+    return None

@@ -1,0 +1,5 @@
+"""OneTrainer: `lora_transformer_` and the diffusers name with underscores for dots."""
+
+from .dialect import DOWN_UP_ROLES, Dialect, flat
+
+ONETRAINER = Dialect("onetrainer", flat("lora_transformer_"), DOWN_UP_ROLES)

@@ -1,0 +1,53 @@
+"""The registry of architectures; a new one is a data file here and an entry in `FAMILIES`."""
+
+from collections.abc import Iterable
+
+from lorafuse_common.naming import Family, pattern_of
+
+from .flux import FLUX
+from .flux2 import FLUX2
+from .hunyuan_video import HUNYUAN_VIDEO
+from .ltx_video import LTX_VIDEO
+from .qwen_image import QWEN_IMAGE
+from .sd3 import SD3
+from .wan import WAN
+from .z_image import Z_IMAGE
+
+FAMILIES: tuple[Family, ...] = (
+    FLUX,
+    FLUX2,
+    QWEN_IMAGE,
+    WAN,
+    Z_IMAGE,
+    SD3,
+    HUNYUAN_VIDEO,
+    LTX_VIDEO,
+)
+
+
+def family_named(name: str) -> Family:
+    """The family of that name; KeyError where there is none."""
+    return {family.name: family for family in FAMILIES}[name]
+
+
+def family_of_class(class_name: str) -> Family | None:
+    """The family whose transformer class diffusers calls `class_name`."""
+    return next((family for family in FAMILIES if class_name in family.transformer_classes), None)
+
+
+def family_of_suffixes(suffixes: Iterable[str]) -> Family | None:
+    """The family in which the most of `suffixes` end a module's name (for hints: "these are Wan names").
+
+    None where no family knows any of them, or two know equally many.
+    """
+    wanted = {f"_{pattern_of(suffix)}" for suffix in suffixes}
+    scores = {
+        family.name: max(
+            sum(any(f"_{pattern}".endswith(want) for pattern in layout.patterns) for want in wanted)
+            for layout in family.layouts
+        )
+        for family in FAMILIES
+    }
+    best = max(scores.values())
+    found = [family for family in FAMILIES if scores[family.name] == best]
+    return found[0] if best and len(found) == 1 else None

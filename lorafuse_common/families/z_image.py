@@ -1,0 +1,79 @@
+"""Z-Image (base, Turbo)."""
+
+from lorafuse_common.naming import Family, Layout
+
+DIFFUSERS = Layout(
+    "diffusers",
+    (
+        "all_x_embedder.2-1",
+        "cap_embedder.1",
+        "t_embedder.mlp.0",
+        "t_embedder.mlp.2",
+        "layers.{}.attention.to_q",
+        "layers.{}.attention.to_k",
+        "layers.{}.attention.to_v",
+        "layers.{}.attention.to_out.0",
+        "layers.{}.feed_forward.w1",
+        "layers.{}.feed_forward.w2",
+        "layers.{}.feed_forward.w3",
+        "layers.{}.adaLN_modulation.0",
+        "noise_refiner.{}.attention.to_q",
+        "noise_refiner.{}.attention.to_k",
+        "noise_refiner.{}.attention.to_v",
+        "noise_refiner.{}.attention.to_out.0",
+        "noise_refiner.{}.feed_forward.w1",
+        "noise_refiner.{}.feed_forward.w2",
+        "noise_refiner.{}.feed_forward.w3",
+        "noise_refiner.{}.adaLN_modulation.0",
+        "context_refiner.{}.attention.to_q",
+        "context_refiner.{}.attention.to_k",
+        "context_refiner.{}.attention.to_v",
+        "context_refiner.{}.attention.to_out.0",
+        "context_refiner.{}.feed_forward.w1",
+        "context_refiner.{}.feed_forward.w2",
+        "context_refiner.{}.feed_forward.w3",
+        "context_refiner.{}.adaLN_modulation.0",
+        "all_final_layer.2-1.linear",
+        "all_final_layer.2-1.adaLN_modulation.1",
+    ),
+)
+
+ORIGINAL = Layout(
+    "original",
+    (
+        "x_embedder",
+        "cap_embedder.1",
+        "t_embedder.mlp.0",
+        "t_embedder.mlp.2",
+        "layers.{}.attention.qkv",
+        "layers.{}.attention.out",
+        "layers.{}.feed_forward.w1",
+        "layers.{}.feed_forward.w2",
+        "layers.{}.feed_forward.w3",
+        "layers.{}.adaLN_modulation.0",
+        "noise_refiner.{}.attention.qkv",
+        "noise_refiner.{}.attention.out",
+        "noise_refiner.{}.feed_forward.w1",
+        "noise_refiner.{}.feed_forward.w2",
+        "noise_refiner.{}.feed_forward.w3",
+        "noise_refiner.{}.adaLN_modulation.0",
+        "context_refiner.{}.attention.qkv",
+        "context_refiner.{}.attention.out",
+        "context_refiner.{}.feed_forward.w1",
+        "context_refiner.{}.feed_forward.w2",
+        "context_refiner.{}.feed_forward.w3",
+        "context_refiner.{}.adaLN_modulation.0",
+        "final_layer.linear",
+        "final_layer.adaLN_modulation.1",
+    ),
+)
+
+Z_IMAGE = Family(
+    name="z_image",
+    title="Z-Image",
+    transformer_classes=("ZImageTransformer2DModel",),
+    layouts=(
+        DIFFUSERS,
+        ORIGINAL,
+    ),
+)

@@ -1,0 +1,174 @@
+"""One LoRA file: its keys sorted into modules with their factors and alpha, and looked up in a base."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .algebras import UNSUPPORTED
+from .dialects import DIALECTS, Dialect, split_key
+from .errors import CheckpointError, LoraFileError
+from .families import FAMILIES
+from .naming import Family, Layout, candidates
+from .scale import AdapterConfig, read_adapter_config
+from .tensorfile import TensorFile, TensorRef, is_scalar, read_header, read_scalar
+
+OTHER_COMPONENT_PREFIXES = (
+    "lora_te", "text_encoder", "base_model.model.text_encoder", "lora_llm_adapter", "llm_adapter",
+    "diffusion_model.llm_adapter", "text_conditioner", "conditioner.", "connectors.", "text_embedding_projection.",
+    "transformer_2.", "transformer_ref.",
+)  # fmt: skip
+"""How stems begin that belong to a text encoder or to another transformer of the pipeline."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoraModule:
+    """What a LoRA file holds for one module."""
+
+    stem: str
+    """The module as the file spells it."""
+    factors: Mapping[str, TensorRef]
+    """Role -> tensor, without alpha."""
+    alpha: float | None
+
+    @property
+    def roles(self) -> frozenset[str]:
+        """The roles present, alpha included."""
+        return frozenset(self.factors) | ({"alpha"} if self.alpha is not None else frozenset())
+
+
+@dataclass(frozen=True, slots=True)
+class LoraFile:
+    """A LoRA file whose every key is in a module, or in `unread` or `duplicates`."""
+
+    source: TensorFile
+    modules: tuple[LoraModule, ...]
+    unread: tuple[str, ...]
+    """Keys whose suffix is not known."""
+    duplicates: tuple[str, ...]
+    """Keys that give a module a role it already has."""
+    config: AdapterConfig | None
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.source.path
+
+
+def read_lora(path: Path) -> LoraFile:
+    """Read a LoRA's header, its alphas and its adapter configuration; no factor is read.
+
+    Raises:
+        LoraFileError: it is missing, no safetensors file, no LoRA, or its scale information is broken.
+    """
+    if path.is_dir():
+        raise LoraFileError(f"{path}: is a folder; give the LoRA's .safetensors file{_files_in(path)}")
+    try:
+        source = read_header(path)
+    except CheckpointError as error:
+        raise LoraFileError(str(error)) from error
+    stems: dict[str, dict[str, TensorRef]] = {}
+    unread, duplicates = [], []
+    for key, ref in source.tensors.items():
+        parted = split_key(key)
+        if parted is None:
+            unread.append(key)
+            continue
+        stem, role = parted
+        roles = stems.setdefault(stem, {})
+        if role in roles and role not in UNSUPPORTED:
+            duplicates.append(key)
+        roles.setdefault(role, ref)
+    if not any(set(roles) - {"alpha"} for roles in stems.values()):
+        raise LoraFileError(
+            f"{path}: is no LoRA: none of its {len(source.tensors)} tensors is a LoRA factor"
+            f"{f' (first: {unread[0]})' if unread else ''}. A full checkpoint belongs in BASE."
+        )
+    modules = tuple(_module(path, stem, roles) for stem, roles in stems.items())
+    config = read_adapter_config(path, source.metadata)
+    return LoraFile(source, modules, tuple(unread), tuple(duplicates), config)
+
+
+def _files_in(folder: Path) -> str:
+    names = sorted(p.name for p in folder.glob("*.safetensors"))
+    return f" in it: {', '.join(names[:3])}" if names else ""
+
+
+def _module(path: Path, stem: str, roles: Mapping[str, TensorRef]) -> LoraModule:
+    alpha = roles.get("alpha")
+    if alpha is not None and not is_scalar(alpha):
+        raise LoraFileError(f"{path}: {alpha.name} should be one number, is {alpha.dtype} {list(alpha.shape)}")
+    factors = {role: ref for role, ref in roles.items() if role != "alpha"}
+    return LoraModule(stem, factors, None if alpha is None else read_scalar(alpha))
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """Which of a base's modules a LoRA's stems mean."""
+
+    dialect: Dialect
+    targets: Mapping[str, str]
+    """Stem -> module name in the base; stems that no module answers to are absent."""
+
+
+def match_lora(lora: LoraFile, base_modules: Collection[str]) -> Match:
+    """Spell every module of the base in every dialect, and take the dialect in which the most stems are found.
+
+    Dialects that find the same modules are told apart by the suffixes the file uses.
+
+    Raises:
+        LoraFileError: two dialects find equally many but different modules.
+    """
+    stems = {module.stem for module in lora.modules}
+    found = []
+    for dialect in DIALECTS:
+        spelled: dict[str, list[str]] = {}
+        for module in base_modules:
+            stem = dialect.spell(module)
+            if stem in stems:
+                spelled.setdefault(stem, []).append(module)
+        targets = {stem: modules[0] for stem, modules in spelled.items() if len(modules) == 1}
+        found.append((len(targets), _style(lora, dialect), dialect, targets))
+    most = max(found, key=lambda row: row[:2])
+    rivals = [row for row in found if row[0] == most[0] and row[3] != most[3]]
+    if most[0] and rivals:
+        raise LoraFileError(
+            f"{lora.path}: could be {most[2].name} or {rivals[0][2].name}: "
+            f"both find {most[0]} modules, but different ones"
+        )
+    return Match(most[2], most[3])
+
+
+def _style(lora: LoraFile, dialect: Dialect) -> tuple[int, int]:
+    """How many stems have the dialect's prefix, and how many of its keys end as the dialect writes them."""
+    prefix = dialect.spell("")
+    stems = sum(module.stem.startswith(prefix) for module in lora.modules) if prefix else 0
+    return stems, sum(key.endswith(tuple(dialect.roles.values())) for key in lora.source.tensors)
+
+
+def guess_dialect(lora: LoraFile) -> Dialect:
+    """The dialect by prefix and suffixes alone, for a LoRA whose base is not at hand; the longest prefix wins ties."""
+    return max(DIALECTS, key=lambda dialect: (*_style(lora, dialect), len(dialect.spell(""))))
+
+
+def guess_families(lora: LoraFile) -> tuple[tuple[Family, Layout], ...]:
+    """The families whose module names the LoRA uses, all that explain equally many."""
+    prefix = guess_dialect(lora).spell("")
+    names = [module.stem.removeprefix(prefix) for module in lora.modules if not is_other_component(module.stem)]
+    return candidates(names, FAMILIES)
+
+
+def is_other_component(stem: str) -> bool:
+    """Whether a stem belongs to a text encoder or to another transformer of the pipeline."""
+    return stem.startswith(OTHER_COMPONENT_PREFIXES)
+
+
+def common_width(lora: LoraFile) -> int | None:
+    """The commonest input width of the LoRA's A factors, in practice the model's hidden width."""
+    widths = Counter(m.factors["down"].shape[1] for m in lora.modules if len(m.factors.get("down", _NONE).shape) >= 2)
+    return widths.most_common(1)[0][0] if widths else None
+
+
+_NONE = TensorRef(Path(), "", "F32", (), 0, 0)

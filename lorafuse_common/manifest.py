@@ -1,0 +1,181 @@
+"""`lorafuse.json`: what went into a fused checkpoint, what came out, and how to check it.
+
+Deterministic: no clocks, hosts or absolute paths, so the same inputs give the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import ManifestError
+from .hashing import sha256_of
+
+MANIFEST_NAME = "lorafuse.json"
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """One file: its path relative to its checkpoint, and what is in it."""
+
+    path: str
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How a few-step checkpoint wants to be sampled."""
+
+    sigmas: tuple[float, ...]
+    """The noise levels visited (after any shift), 1 is pure noise; without the final 0."""
+    guidance_scale: float
+    """Classifier-free guidance to sample with; 1 means none."""
+    source: str
+    """Where it was learnt from: `--schedule`, a LoRA's file name, or the parent's manifest."""
+
+
+@dataclass(frozen=True, slots=True)
+class FusedLora:
+    """One LoRA that was fused."""
+
+    name: str
+    sha256: str
+    size: int
+    dialect: str
+    strength: float
+    scale: str
+    """Where its scale came from, and the values: `alpha/rank 0.5`."""
+    modules: int
+    """Diffusion-transformer modules in the file."""
+    applied: int
+    """How many of them were fused."""
+    ignored: Mapping[str, int]
+    """Why the others were not: problem kind -> count."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorChange:
+    """What a fuse did to one tensor, with W before, D the summed fp32 delta and E what arrived after rounding."""
+
+    name: str
+    weight_rms: float
+    delta_rms: float
+    loss: float
+    """`|round(W + D) - (W + D)| / |D|`: the share of the delta that rounding destroyed."""
+    gain: float
+    """`<E, D> / <D, D>`: 1 means the delta arrived at full strength."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """The fused checkpoint that served as base, where the base was one."""
+
+    fused_sha256: str
+    loras: tuple[FusedLora, ...]
+    parent: Parent | None
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The whole record."""
+
+    schema: int
+    version: str
+    family: str | None
+    layout: str | None
+    component: str | None
+    """The folder of the pipeline that was fused; None for a model folder or file."""
+    base: tuple[FileRecord, ...]
+    loras: tuple[FusedLora, ...]
+    allowed: tuple[str, ...]
+    """The problem kinds that the user let pass."""
+    schedule: Schedule | None
+    outputs: tuple[FileRecord, ...]
+    changes: tuple[TensorChange, ...]
+    parent: Parent | None
+
+    @property
+    def fused_sha256(self) -> str:
+        """Identity of the fused weights: sha256 over the sorted names and hashes of their files."""
+        return weights_sha256(self.outputs, self.component)
+
+
+def weights_sha256(records: Iterable[FileRecord], component: str | None) -> str:
+    """sha256 over the sorted (file name, sha256) of the safetensors files of one component."""
+    folder = f"{component}/" if component else ""
+    weights = sorted(
+        (record.path.removeprefix(folder), record.sha256)
+        for record in records
+        if record.path.startswith(folder) and record.path.endswith(".safetensors")
+    )
+    return hashlib.sha256(json.dumps(weights).encode()).hexdigest()
+
+
+def dump_manifest(manifest: Manifest) -> str:
+    """The manifest as JSON text, the same for equal manifests."""
+    return json.dumps(dataclasses.asdict(manifest), indent=1, ensure_ascii=False) + "\n"
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a fused checkpoint, or None where there is none.
+
+    Raises:
+        ManifestError: it is there but broken, or written by a newer lorafuse.
+    """
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        return None
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if raw["schema"] != SCHEMA:
+            raise ManifestError(f"{path}: schema {raw['schema']}, this lorafuse reads {SCHEMA}: fuse again")
+        return typing.cast(Manifest, _build(Manifest, raw))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ManifestError(f"{path}: broken ({type(error).__name__}: {error}): fuse again") from error
+
+
+def _build(annotation: Any, raw: Any) -> Any:
+    """Turn JSON back into the dataclasses it was written from, by their annotations."""
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return None if raw is None else _build(next(a for a in args if a is not type(None)), raw)
+    if origin is tuple:
+        return tuple(_build(args[0], item) for item in raw)
+    if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
+        hints = typing.get_type_hints(annotation)
+        unknown = set(raw) - set(hints)
+        if unknown:
+            raise ValueError(f"unknown entries {sorted(unknown)}")
+        return annotation(**{name: _build(hints[name], raw[name]) for name in hints})
+    return raw
+
+
+def verify_manifest(folder: Path, manifest: Manifest, *, hashes: bool) -> None:
+    """Check that every recorded file is there with its size and, on `hashes`, its sha256.
+
+    Raises:
+        ManifestError: listing every file that is missing or differs.
+    """
+    faults = []
+    for record in manifest.outputs:
+        path = folder / record.path
+        if not path.is_file():
+            faults.append(f"{record.path} is missing{' (a broken link)' if path.is_symlink() else ''}")
+        elif path.stat().st_size != record.size:
+            faults.append(f"{record.path} has {path.stat().st_size} bytes, was written with {record.size}")
+        elif hashes and sha256_of(path) != record.sha256:
+            faults.append(f"{record.path} has another sha256 than when it was written")
+    if faults:
+        more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
+        raise ManifestError(
+            f"{folder}: does not match its {MANIFEST_NAME}: {'; '.join(faults[:5])}{more}. Fuse it again with --force."
+        )

@@ -1,0 +1,1 @@
+"""Stage 1: fuse LoRAs into a diffusion-transformer checkpoint and write a new one."""

@@ -1,0 +1,5 @@
+"""`python -m lorafuse_fuse`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,33 @@
+"""The likeliest reason why a LoRA does not fit a base, in one sentence."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from lorafuse_common.checkpoint import Checkpoint
+from lorafuse_common.lora import LoraFile, common_width, guess_families
+
+
+def likely_cause(lora: LoraFile, base: Checkpoint) -> str | None:
+    """Compare the LoRA's names and widths with the base's; None where they tell nothing."""
+    found = guess_families(lora)
+    titles = sorted({family.title for family, _ in found})
+    if found and base.family and base.family not in [family for family, _ in found]:
+        return f"this LoRA's modules are {' or '.join(titles)} names; the base is {base.title}"
+    if found and base.layout and base.layout not in [layout for _, layout in found]:
+        return (
+            f"this LoRA has {titles[0]}'s {found[0][1].name} names; the base is in its {base.layout.name} layout, "
+            "and fusing across layouts is not supported yet"
+        )
+    width, base_width = common_width(lora), _base_width(base)
+    if width and base_width and width != base_width:
+        sizes = dict(base.family.widths) if base.family else {}
+        theirs = f"the {sizes[width]} model" if width in sizes else f"a model of width {width}"
+        ours = sizes.get(base_width, f"of width {base_width}")
+        return f"this LoRA's shapes are of {theirs}; the base is {ours}"
+    return None
+
+
+def _base_width(base: Checkpoint) -> int | None:
+    widths = Counter(ref.shape[1] for ref in base.modules.values() if len(ref.shape) == 2)
+    return widths.most_common(1)[0][0] if widths else None

@@ -1,0 +1,172 @@
+"""`lorafuse fuse models/Qwen-Image --lora lightning.safetensors --lora style.safetensors:0.8 --out models/fused`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lorafuse_common import __version__
+from lorafuse_common.errors import ConfigError, LorafuseError
+
+from .carry import Components
+from .plan import FusePlan, LoraRequest, ProblemKind, blocking, plan_fuse
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Fuse LoRAs into a diffusion-transformer checkpoint, once and on disk, to train new LoRAs on it.",
+)
+BaseArgument = Annotated[Path, typer.Argument(help="A .safetensors file, a model folder or a whole pipeline folder.")]
+LoraOption = Annotated[
+    list[str],
+    typer.Option(
+        "--lora", "--lora_fused", "--lora-fused", metavar="FILE[:STRENGTH]", show_default=False,
+        help="A LoRA to fuse, strength 1 where none is given; repeat it for several. The format is detected.",
+    ),
+]  # fmt: skip
+OutOption = Annotated[Path, typer.Option(metavar="DIR", help="The folder to write; it appears complete or not at all.")]
+ComponentOption = Annotated[
+    str | None,
+    typer.Option(help="Which transformer of a pipeline, such as transformer_2. Default: transformer."),
+]
+ComponentsOption = Annotated[
+    Components,
+    typer.Option(help="Large files of the pipeline's other components: link (reflink, else symlink) or copy."),
+]
+AllowOption = Annotated[
+    list[ProblemKind] | None,
+    typer.Option(metavar="KIND", help=f"Let one kind of problem pass: {', '.join(ProblemKind)}. Repeatable."),
+]
+ScheduleOption = Annotated[
+    str,
+    typer.Option(help='The few-step schedule to record: "1,0.9,0.75,0.5" (noise levels), auto (from the LoRAs), none.'),
+]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Plan only, from headers; write nothing.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace --out where it is a fused checkpoint.")]
+
+
+@app.callback(invoke_without_command=True)
+def lorafuse(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Without a command there is only the version to ask for."""
+    if version:
+        typer.echo(f"lorafuse {__version__}")
+        raise typer.Exit
+
+
+@app.command("fuse")
+def fuse_command(
+    base: BaseArgument,
+    lora: LoraOption,
+    out: OutOption,
+    component: ComponentOption = None,
+    components: ComponentsOption = Components.LINK,
+    allow: AllowOption = None,
+    schedule: ScheduleOption = "auto",
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+    force: ForceOption = False,
+) -> None:
+    """Write a new checkpoint: BASE with the LoRAs added. BASE and the LoRAs are only read."""
+    from lorafuse_common.checkpoint import open_checkpoint
+
+    from .fuse import FuseOptions, check_out, fuse, require_clean
+    from .record import resolve_schedule
+    from .report import describe_plan, plan_json
+
+    allowed = tuple(allow or ())
+    plan = plan_fuse(open_checkpoint(base, component), [parse_lora(text) for text in lora])
+    try:
+        _say(describe_plan(plan))
+        check_out(plan, out)
+        require_clean(plan, allowed)
+        options = FuseOptions(out, allowed, resolve_schedule(schedule, plan.loras, plan.base), components, force)
+        _say_allowed(plan, allowed)
+        result = None if dry_run else fuse(plan, options)
+    except LorafuseError as error:
+        if as_json:
+            typer.echo(json.dumps(plan_json(plan) | {"error": str(error)}))
+        raise
+    facts = plan_json(plan)
+    if result is None:
+        _say("dry run: clean, nothing was written")
+    else:
+        facts |= _announce(result, out)
+    if as_json:
+        typer.echo(json.dumps(facts))
+
+
+def _announce(result: Any, out: Path) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from .report import describe_result
+
+    if result.up_to_date:
+        _say(f"{out} is up to date: same base, LoRAs and strengths")
+    else:
+        _say(describe_result(result.manifest, result.seconds))
+        _say(f"wrote {out}; next: lorafuse-train train --fused_model {out} --dataset_base_path DIR --output_path DIR")
+    return {
+        "seconds": round(result.seconds, 3),
+        "up_to_date": result.up_to_date,
+        "changes": [asdict(change) for change in result.manifest.changes],
+    }
+
+
+@app.command("inspect")
+def inspect_command(
+    path: Annotated[Path, typer.Argument(help="A LoRA, a checkpoint or a fused checkpoint.")],
+    component: ComponentOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what PATH is: family, layout and dtype; a LoRA's dialect, ranks and scales; a fused checkpoint's recipe."""
+    from .inspection import describe_facts, inspect_path
+
+    facts = inspect_path(path, component)
+    typer.echo(json.dumps(facts) if as_json else describe_facts(facts))
+
+
+def parse_lora(text: str) -> LoraRequest:
+    """`FILE` or `FILE:STRENGTH`; a colon belongs to the name where no number follows it or such a file exists."""
+    name, colon, tail = text.rpartition(":")
+    if not colon or not name or Path(text).exists():
+        return LoraRequest(Path(text))
+    try:
+        strength = float(tail)
+    except ValueError:
+        if tail and "/" not in tail and not tail.endswith(".safetensors"):
+            raise ConfigError(f"--lora {text}: {tail!r} is no strength; expected FILE or FILE:STRENGTH") from None
+        return LoraRequest(Path(text))
+    if not -1e3 < strength < 1e3:
+        raise ConfigError(f"--lora {text}: strength {tail} is out of range; strengths are about 1")
+    return LoraRequest(Path(name), strength)
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _say_allowed(plan: FusePlan, allowed: tuple[ProblemKind, ...]) -> None:
+    passed = [problem for problem in plan.problems if problem not in blocking(plan.problems, allowed)]
+    if passed:
+        kinds = sorted({problem.kind.value for problem in passed})
+        _say(f"allowed: {len(passed)} problems of kind {', '.join(kinds)} pass; their modules are not applied")
+
+
+def main() -> None:
+    """Run the command line; a fault in the input is one message and status 1, a bug keeps its traceback."""
+    try:
+        app()
+    except LorafuseError as error:
+        _say(f"error: {error}")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        _say("interrupted: nothing was written")
+        sys.exit(130)

@@ -1,0 +1,197 @@
+"""The walk of a fuse: plan, check, write into a staging folder, record, publish."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorafuse_common import __version__
+from lorafuse_common.checkpoint import Checkpoint, Form, side_files
+from lorafuse_common.errors import CheckpointError, LoraFileError, OutputError, PlanError
+from lorafuse_common.hashing import remember, sha256_of, stat_identity
+from lorafuse_common.manifest import (
+    MANIFEST_NAME,
+    SCHEMA,
+    FileRecord,
+    Manifest,
+    Schedule,
+    dump_manifest,
+    read_manifest,
+    verify_manifest,
+)
+from lorafuse_common.publish import publish
+
+from .carry import Components, carry
+from .plan import FusePlan, ProblemKind, blocking
+from .progress import ByteProgress
+from .record import header_recipe, input_paths, is_up_to_date, record_files, record_lora, record_parent
+from .report import describe_problems
+
+HEADER_KEY = "lorafuse"
+
+
+@dataclass(frozen=True, slots=True)
+class FuseOptions:
+    """How to fuse, apart from what."""
+
+    out: Path
+    allowed: tuple[ProblemKind, ...] = ()
+    schedule: Schedule | None = None
+    components: Components = Components.LINK
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FuseResult:
+    """What a fuse made, or found already made."""
+
+    manifest: Manifest
+    seconds: float
+    up_to_date: bool
+
+
+def require_clean(plan: FusePlan, allowed: Sequence[ProblemKind]) -> None:
+    """Raise PlanError with all problems that the user did not allow."""
+    if stopping := blocking(plan.problems, allowed):
+        raise PlanError(describe_problems(plan, stopping))
+
+
+def check_out(plan: FusePlan, out: Path) -> None:
+    """Refuse an output that would touch an input.
+
+    Raises:
+        OutputError: `out` is, holds or lies inside the base or a LoRA's place, or is no folder name.
+    """
+    if out.suffix == ".safetensors":
+        raise OutputError(
+            f"--out {out}: is a file name; --out names a folder, in which the fused file keeps the base's name"
+        )
+    final, base = out.resolve(), plan.base.root.resolve()
+    if final == base or (base.is_dir() and base in final.parents):
+        raise OutputError(f"--out {out}: is or lies inside the base {plan.base.root}; the base is never changed")
+    for path in (base, *(lora.request.path.resolve() for lora in plan.loras)):
+        if final in path.parents:
+            raise OutputError(f"--out {out}: holds the input {path.name}, which would be lost; choose another folder")
+
+
+def fuse(plan: FusePlan, options: FuseOptions) -> FuseResult:
+    """Carry out a clean plan, or find that `options.out` already is its result.
+
+    Raises:
+        PlanError, OutputError, CheckpointError: see the messages; nothing is left under `options.out` then.
+    """
+    started = time.monotonic()
+    if options.out.exists() or options.out.is_symlink():
+        existing = _existing(plan, options)
+        if existing:
+            return FuseResult(existing, time.monotonic() - started, up_to_date=True)
+    _check_space(plan, options)
+    from .execute import check_factors
+
+    problems = check_factors(plan)
+    if stopping := blocking(problems, options.allowed):
+        raise PlanError(describe_problems(plan, stopping))
+    before = _identities(plan)
+    with publish(options.out, replace=options.out.exists()) as staging:
+        manifest = _write(plan, options, staging)
+        changed = [str(path) for path, identity in _identities(plan).items() if identity != before[path]]
+        if changed:
+            raise CheckpointError(f"{', '.join(changed)}: changed while being read; nothing was written. Fuse again.")
+        (staging / MANIFEST_NAME).write_text(dump_manifest(manifest), encoding="utf-8")
+    remember({options.out / record.path: record.sha256 for record in manifest.outputs})
+    return FuseResult(manifest, time.monotonic() - started, up_to_date=False)
+
+
+def _existing(plan: FusePlan, options: FuseOptions) -> Manifest | None:
+    """The manifest of an up-to-date output; None where it may be replaced."""
+    out = options.out
+    manifest = read_manifest(out) if out.is_dir() and not options.force else None
+    if manifest:
+        with ByteProgress("checking inputs", plan.base.nbytes) as progress:
+            same = is_up_to_date(manifest, plan.base, plan.loras, options.allowed, options.schedule, progress)
+        if same:
+            verify_manifest(out, manifest, hashes=False)
+            return manifest
+        raise OutputError(
+            f"{out}: is a fused checkpoint of other inputs. Choose another --out, or replace it with --force."
+        )
+    replaceable = out.is_dir() and ((out / MANIFEST_NAME).is_file() or not any(out.iterdir()))
+    if not replaceable:
+        raise OutputError(
+            f"{out}: exists and is no fused checkpoint (it has no {MANIFEST_NAME}), so it is not replaced. "
+            "Choose another --out, or remove it yourself."
+        )
+    return None
+
+
+def _check_space(plan: FusePlan, options: FuseOptions) -> None:
+    from .execute import free_bytes
+
+    needed, free = plan.base.nbytes, free_bytes(options.out.absolute().parent)
+    if options.components is Components.COPY:
+        needed += sum((plan.base.root / path).stat().st_size for path in side_files(plan.base))
+    if needed > free:
+        raise OutputError(f"{options.out}: needs {needed / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free")
+
+
+def _identities(plan: FusePlan) -> dict[Path, str]:
+    paths = [file.path for file in plan.base.files] + [lora.request.path for lora in plan.loras]
+    try:
+        return {path: stat_identity(path) for path in paths}
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: vanished while being read; nothing was written") from error
+
+
+def _write(plan: FusePlan, options: FuseOptions, staging: Path) -> Manifest:
+    """Fill the staging folder and return its manifest, which the caller writes last."""
+    from .execute import Written, write_fused
+
+    base = plan.base
+    try:
+        loras = tuple(record_lora(lora) for lora in plan.loras)
+    except OSError as error:
+        raise LoraFileError(f"{error.filename}: cannot be read: {error.strerror}") from error
+    recipe = header_recipe(loras, __version__)
+    sources: dict[Path, str] = {}
+    outputs: dict[Path, FileRecord] = {}
+    written: list[Written] = []
+    with ByteProgress("fusing", sum(file.size - file.data_start for file in base.files)) as progress:
+        for file in base.files:
+            path = file.path.relative_to(base.folder)
+            (staging / path).parent.mkdir(parents=True, exist_ok=True)
+            metadata = {**file.metadata, HEADER_KEY: recipe}
+            done = write_fused(file, plan.patches, metadata, staging / path, progress)
+            sources[path] = done.source_sha256
+            outputs[path] = FileRecord(path.as_posix(), done.output_sha256, done.output_size)
+            written.append(done)
+    remember({base.folder / path: digest for path, digest in sources.items()})
+    outputs.update(_carry_over(base, options, staging))
+    return Manifest(
+        schema=SCHEMA,
+        version=__version__,
+        family=base.family.name if base.family else None,
+        layout=base.layout.name if base.layout else None,
+        component=base.component,
+        base=record_files(base.folder, input_paths(base), sources),
+        loras=loras,
+        allowed=tuple(sorted(kind.value for kind in options.allowed)),
+        schedule=options.schedule,
+        outputs=tuple(outputs[path] for path in sorted(outputs, key=str)),
+        changes=tuple(change for done in written for change in done.changes),
+        parent=record_parent(base),
+    )
+
+
+def _carry_over(base: Checkpoint, options: FuseOptions, staging: Path) -> Mapping[Path, FileRecord]:
+    """Bring every other file along; a carried file has its source's hash."""
+    if base.form is Form.FILE:
+        return {}
+    paths = side_files(base)
+    total = sum((base.root / path).stat().st_size for path in paths)
+    with ByteProgress("carrying over and hashing the other components", total) as progress:
+        for path in paths:
+            carry(base.root / path, staging / path, options.out / path, options.components)
+            sha256_of(base.root / path, progress)
+    return dict(zip(paths, record_files(base.root, paths, {}), strict=True))

@@ -1,0 +1,124 @@
+"""`lorafuse inspect`: what a file or folder is, in words and as JSON."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lorafuse_common.algebras import UNSUPPORTED, algebra_of
+from lorafuse_common.checkpoint import Checkpoint, open_checkpoint
+from lorafuse_common.errors import LoraFileError
+from lorafuse_common.lora import LoraFile, LoraModule, guess_dialect, guess_families, is_other_component, read_lora
+from lorafuse_common.manifest import read_manifest
+from lorafuse_common.scale import ScaleConflictError, resolve_scale
+from lorafuse_common.tensorfile import TensorRef, read_header
+
+
+def inspect_path(path: Path, component: str | None = None) -> dict[str, Any]:
+    """Facts about a LoRA file, a checkpoint or a fused checkpoint, read from headers.
+
+    Raises:
+        LorafuseError: it is none of them.
+    """
+    if path.is_file():
+        read_header(path)  # a broken file gets its own message, not "is no LoRA"
+        try:
+            return _lora_facts(read_lora(path))
+        except LoraFileError:
+            pass  # not a LoRA: then it is a checkpoint
+    facts = _checkpoint_facts(open_checkpoint(path, component))
+    manifest = read_manifest(path) if path.is_dir() else None
+    if manifest:
+        raw = asdict(manifest)
+        facts |= {"kind": "fused checkpoint", "fused_sha256": manifest.fused_sha256}
+        facts |= {name: raw[name] for name in ("loras", "schedule", "allowed", "parent")}
+    return facts
+
+
+def _dtypes(tensors: Mapping[str, TensorRef]) -> dict[str, int]:
+    return dict(Counter(ref.dtype for ref in tensors.values()).most_common())
+
+
+def _checkpoint_facts(base: Checkpoint) -> dict[str, Any]:
+    return {
+        "kind": "checkpoint",
+        "path": str(base.root),
+        "form": base.form.value,
+        "component": base.component,
+        "family": base.family.name if base.family else None,
+        "layout": base.layout.name if base.layout else None,
+        "class_name": base.class_name,
+        "prefix": base.prefix,
+        "files": len(base.files),
+        "tensors": len(base.tensors),
+        "dtypes": _dtypes(base.tensors),
+        "parameters": sum(ref.numel for ref in base.tensors.values()),
+        "bytes": base.nbytes,
+    }
+
+
+def _lora_facts(lora: LoraFile) -> dict[str, Any]:
+    families = guess_families(lora)
+    ours = [module for module in lora.modules if not is_other_component(module.stem)]
+    return {
+        "kind": "lora",
+        "path": str(lora.path),
+        "dialect": guess_dialect(lora).name,
+        "family": sorted({family.name for family, _ in families}),
+        "layout": sorted({layout.name for _, layout in families}),
+        "algebra": dict(Counter(_algebra_name(module) for module in ours)),
+        "modules": len(ours),
+        "other_components": len(lora.modules) - len(ours),
+        "ranks": dict(Counter(str(rank) for module in ours if (rank := _rank(module)))),
+        "scales": dict(Counter(_scale(lora, module) for module in ours if _rank(module))),
+        "unread_keys": len(lora.unread),
+        "dtypes": _dtypes(lora.source.tensors),
+        "parameters": sum(ref.numel for ref in lora.source.tensors.values()),
+        "bytes": lora.source.size,
+        "metadata": dict(lora.source.metadata),
+    }
+
+
+def _algebra_name(module: LoraModule) -> str:
+    algebra = algebra_of(module.roles)
+    foreign = sorted({UNSUPPORTED[role] for role in module.factors if role in UNSUPPORTED})
+    return algebra.name if algebra else " and ".join(foreign) or "incomplete"
+
+
+def _rank(module: LoraModule) -> int | None:
+    algebra = algebra_of(module.roles)
+    return algebra.rank({role: ref.shape for role, ref in module.factors.items()}) if algebra else None
+
+
+def _scale(lora: LoraFile, module: LoraModule) -> str:
+    name = module.stem.removeprefix(guess_dialect(lora).spell(""))
+    try:
+        scale, source = resolve_scale(name, _rank(module) or 1, module.alpha, lora.config)
+    except ScaleConflictError as error:
+        return f"conflict: {error}"
+    return f"{source} = {scale:g}"
+
+
+def describe_facts(facts: Mapping[str, Any]) -> str:
+    """The facts as aligned lines; long values are shortened."""
+    lines = []
+    for name, value in facts.items():
+        if name == "loras":
+            lines += [
+                f"{'lora':16} {lora['name']}: {lora['dialect']}, strength {lora['strength']:g}, scale {lora['scale']}, "
+                f"{lora['applied']} of {lora['modules']} modules"
+                for lora in value
+            ]
+        elif value not in (None, "", {}, [], ()):
+            text = ", ".join(f"{k} ({v})" for k, v in value.items()) if isinstance(value, Mapping) else _text(value)
+            lines.append(f"{name.replace('_', ' '):16} {text if len(text) <= 400 else text[:400] + ' ...'}")
+    return "\n".join(lines)
+
+
+def _text(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) else str(value)

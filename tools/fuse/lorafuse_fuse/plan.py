@@ -1,0 +1,209 @@
+"""What a fuse will do: a pure function of headers and alphas that accounts for every tensor of every LoRA."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from lorafuse_common.algebras import UNSUPPORTED, Algebra, algebra_of
+from lorafuse_common.checkpoint import Checkpoint
+from lorafuse_common.errors import LoraFileError
+from lorafuse_common.lora import LoraFile, LoraModule, Match, is_other_component, match_lora, read_lora
+from lorafuse_common.scale import ScaleConflictError, resolve_scale
+from lorafuse_common.tensorfile import FLOAT_DTYPES
+
+from .causes import likely_cause
+
+
+class ProblemKind(StrEnum):
+    """Why a part of a LoRA cannot be fused as asked."""
+
+    NOT_A_LORA = "NOT_A_LORA"
+    UNREAD_KEY = "UNREAD_KEY"
+    DUPLICATE_KEY = "DUPLICATE_KEY"
+    OTHER_COMPONENT = "OTHER_COMPONENT"
+    NO_SUCH_MODULE = "NO_SUCH_MODULE"
+    INCOMPLETE_MODULE = "INCOMPLETE_MODULE"
+    UNKNOWN_ALGEBRA = "UNKNOWN_ALGEBRA"
+    SHAPE_MISMATCH = "SHAPE_MISMATCH"
+    UNEDITABLE_DTYPE = "UNEDITABLE_DTYPE"
+    SCALE_CONFLICT = "SCALE_CONFLICT"
+    NOT_FINITE = "NOT_FINITE"
+    NO_EFFECT = "NO_EFFECT"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that cannot be fused as asked."""
+
+    kind: ProblemKind
+    lora: str
+    """The LoRA's file name."""
+    subject: str
+    """The key or module it is about, as the file spells it."""
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoraRequest:
+    """A LoRA as the user asked for it."""
+
+    path: Path
+    strength: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """One module of one LoRA, to be added to one tensor of the base."""
+
+    lora: str
+    """The LoRA's file name."""
+    module: LoraModule
+    algebra: Algebra
+    factor: float
+    """Strength times scale: what the delta is multiplied by."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoraPlan:
+    """What becomes of one LoRA."""
+
+    request: LoraRequest
+    dialect: str | None
+    """None where the file could not be read as a LoRA."""
+    scale: str
+    """Where the scale came from, and its values."""
+    modules: int
+    """Diffusion-transformer modules as the file names them."""
+    applied: int
+    ignored: Mapping[str, int]
+    """Problem kind -> modules (or keys) not applied for it."""
+    metadata: Mapping[str, str]
+    cause: str | None
+    """The likeliest reason where much of it does not fit."""
+
+
+@dataclass(frozen=True, slots=True)
+class FusePlan:
+    """Everything that `execute` will do."""
+
+    base: Checkpoint
+    loras: tuple[LoraPlan, ...]
+    patches: Mapping[str, tuple[Patch, ...]]
+    """Tensor of the base -> what is added to it, in the order of the LoRAs."""
+    problems: tuple[Problem, ...]
+
+
+def plan_fuse(base: Checkpoint, requests: Sequence[LoraRequest]) -> FusePlan:
+    """Look every module of every LoRA up in the base; nothing is written and no factor is read."""
+    patches: dict[str, list[Patch]] = {}
+    plans, problems = [], []
+    for request in requests:
+        plan, found, faults = _plan_lora(base, request)
+        plans.append(plan)
+        problems += faults
+        for tensor, patch in found:
+            patches.setdefault(tensor, []).append(patch)
+    return FusePlan(base, tuple(plans), {name: tuple(ps) for name, ps in patches.items()}, tuple(problems))
+
+
+def blocking(problems: Sequence[Problem], allowed: Collection[ProblemKind]) -> tuple[Problem, ...]:
+    """The problems that the user did not allow."""
+    return tuple(problem for problem in problems if problem.kind not in allowed)
+
+
+def _plan_lora(base: Checkpoint, request: LoraRequest) -> tuple[LoraPlan, list[tuple[str, Patch]], list[Problem]]:
+    name = request.path.name
+    try:
+        lora = read_lora(request.path)
+        match = match_lora(lora, base.modules)
+    except LoraFileError as error:
+        problem = Problem(ProblemKind.NOT_A_LORA, name, str(request.path), str(error))
+        return LoraPlan(request, None, "", 0, 0, {}, {}, None), [], [problem]
+    problems = [Problem(ProblemKind.UNREAD_KEY, name, key, "its suffix is not known") for key in lora.unread]
+    problems += [
+        Problem(ProblemKind.DUPLICATE_KEY, name, key, "its module has this factor already") for key in lora.duplicates
+    ]
+    patches, scales = [], Counter[str]()
+    for module in lora.modules:
+        planned = _plan_module(base, lora, match, module, request.strength)
+        if isinstance(planned, Problem):
+            problems.append(planned)
+        else:
+            tensor, patch, source = planned
+            patches.append((tensor, patch))
+            scales[f"{source} = {patch.factor / request.strength:g}" if request.strength else source] += 1
+    if not patches or request.strength == 0:
+        why = "its strength is 0" if patches else f"none of its {len(lora.modules)} modules can be applied"
+        problems.append(Problem(ProblemKind.NO_EFFECT, name, str(request.path), why))
+    plan = LoraPlan(
+        request=request,
+        dialect=match.dialect.name,
+        scale=_describe_scales(scales),
+        modules=sum(_is_ours(module, match) for module in lora.modules),
+        applied=len(patches),
+        ignored=dict(Counter(p.kind.value for p in problems if p.kind is not ProblemKind.NO_EFFECT)),
+        metadata=lora.source.metadata,
+        cause=likely_cause(lora, base) if problems else None,
+    )
+    return plan, patches, problems
+
+
+def _is_ours(module: LoraModule, match: Match) -> bool:
+    return module.stem in match.targets or not is_other_component(module.stem)
+
+
+def _describe_scales(scales: Counter[str]) -> str:
+    common = [f"{text} ({count}x)" if len(scales) > 1 else text for text, count in scales.most_common(3)]
+    return ", ".join(common) + (f" and {len(scales) - 3} more" if len(scales) > 3 else "")
+
+
+def _plan_module(
+    base: Checkpoint, lora: LoraFile, match: Match, module: LoraModule, strength: float
+) -> tuple[str, Patch, str] | Problem:
+    """The tensor, patch and scale source of one module, or why there is none."""
+
+    def problem(kind: ProblemKind, detail: str) -> Problem:
+        return Problem(kind, lora.path.name, module.stem, detail)
+
+    target = match.targets.get(module.stem)
+    if target is None:
+        if is_other_component(module.stem):
+            return problem(ProblemKind.OTHER_COMPONENT, "belongs to a text encoder or another transformer")
+        return problem(ProblemKind.NO_SUCH_MODULE, f"{base.title} in {base.root.name} has no such module")
+    algebra = algebra_of(module.roles)
+    if algebra is None or (lora.config and lora.config.unfusable):
+        return _no_algebra(problem, module, lora)
+    shapes = {role: ref.shape for role, ref in module.factors.items()}
+    weight = base.modules[target]
+    if misfit := algebra.misfit(shapes, weight.shape):
+        return problem(ProblemKind.SHAPE_MISMATCH, misfit)
+    for ref in (weight, *module.factors.values()):
+        if ref.dtype not in FLOAT_DTYPES:
+            return problem(ProblemKind.UNEDITABLE_DTYPE, _dtype_fault(ref.dtype, ref is weight))
+    try:
+        scale, source = resolve_scale(target, algebra.rank(shapes), module.alpha, lora.config)
+    except ScaleConflictError as error:
+        return problem(ProblemKind.SCALE_CONFLICT, str(error))
+    return weight.name, Patch(lora.path.name, module, algebra, strength * scale), source
+
+
+def _no_algebra(problem: Callable[[ProblemKind, str], Problem], module: LoraModule, lora: LoraFile) -> Problem:
+    if lora.config and lora.config.unfusable:
+        return problem(ProblemKind.UNKNOWN_ALGEBRA, lora.config.unfusable)
+    if foreign := sorted({UNSUPPORTED[role] for role in module.factors if role in UNSUPPORTED}):
+        return problem(ProblemKind.UNKNOWN_ALGEBRA, f"is {' and '.join(foreign)}, which is not supported yet")
+    names = sorted(ref.name for ref in module.factors.values()) or ["alpha"]
+    return problem(ProblemKind.INCOMPLETE_MODULE, f"has only {', '.join(names)}: the file is incomplete")
+
+
+def _dtype_fault(dtype: str, is_base: bool) -> str:
+    if is_base:
+        return (
+            f"the base's weight is {dtype}; only {', '.join(FLOAT_DTYPES)} can be edited. "
+            "Fuse into the bf16 or fp16 checkpoint and quantise the result"
+        )
+    return f"its factors are {dtype}; expected one of {', '.join(FLOAT_DTYPES)}"

@@ -1,0 +1,137 @@
+"""What a fuse tells its user: problems, plan and result, as text and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lorafuse_common.manifest import Manifest
+
+from .plan import FusePlan, LoraPlan, Problem, ProblemKind
+
+_NAMES_SHOWN = 3
+_RUNTIME_BYTES = 300 << 20
+"""Python and torch themselves, measured as the resident size after their import."""
+_ADVICE = {
+    ProblemKind.NO_SUCH_MODULE: "Check that the LoRA is for this model.",
+    ProblemKind.SHAPE_MISMATCH: "Check that the LoRA is for this size of the model.",
+    ProblemKind.SCALE_CONFLICT: "Remove the wrong source (the alphas, the header entry or adapter_config.json).",
+    ProblemKind.OTHER_COMPONENT: "To fuse only the transformer's part, add --allow OTHER_COMPONENT.",
+    ProblemKind.INCOMPLETE_MODULE: "Download the file again.",
+    ProblemKind.NO_EFFECT: "The fused checkpoint would equal its base.",
+}
+
+
+def describe_problems(plan: FusePlan, problems: Sequence[Problem]) -> str:
+    """All problems grouped by LoRA and kind, with counts, first names and the likeliest cause."""
+    lines = [f"nothing was written: {len(problems)} problem{'s' if len(problems) > 1 else ''}"]
+    for lora in plan.loras:
+        name = lora.request.path.name
+        ours = [problem for problem in problems if problem.lora == name]
+        if not ours:
+            continue
+        lines.append(f"{name}: {lora.applied} of {lora.modules} modules can be applied to {plan.base.root}")
+        if lora.cause:
+            lines.append(f"  likeliest cause: {lora.cause}")
+        for kind in dict.fromkeys(problem.kind for problem in ours):
+            lines += _describe_kind(kind, [problem for problem in ours if problem.kind is kind])
+    kinds = sorted({problem.kind.value for problem in problems} - {ProblemKind.NOT_A_LORA.value})
+    if kinds:
+        lines.append(f"to fuse without these parts, let a kind pass: {' '.join(f'--allow {kind}' for kind in kinds)}")
+    return "\n".join(lines)
+
+
+def _describe_kind(kind: ProblemKind, problems: Sequence[Problem]) -> list[str]:
+    if kind in (ProblemKind.NOT_A_LORA, ProblemKind.NO_EFFECT):
+        return [f"  {kind}: {problem.detail}. {_ADVICE.get(kind, '')}".rstrip() for problem in problems]
+    names = ", ".join(problem.subject for problem in problems[:_NAMES_SHOWN])
+    more = f", and {len(problems) - _NAMES_SHOWN} more" if len(problems) > _NAMES_SHOWN else ""
+    return [f"  {len(problems)} x {kind}: {names}{more}", f"    {problems[0].detail}. {_ADVICE.get(kind, '')}".rstrip()]
+
+
+def describe_plan(plan: FusePlan) -> str:
+    """A few lines: the base, each LoRA, what will change."""
+    base = plan.base
+    layout = f", {base.layout.name} layout" if base.layout else ""
+    lines = [f"base   {base.root}: {base.title}{layout}, {base.form}, {base.nbytes / 1e9:.2f} GB"]
+    lines += [_describe_lora(lora) for lora in plan.loras]
+    lines.append(f"change {len(plan.patches)} of {len(base.tensors)} tensors")
+    return "\n".join(lines)
+
+
+def _describe_lora(lora: LoraPlan) -> str:
+    passed = "".join(f", {count} x {kind} not applied" for kind, count in lora.ignored.items())
+    return (
+        f"lora   {lora.request.path.name}: {lora.dialect}, strength {lora.request.strength:g}, "
+        f"scale {lora.scale or '-'}, {lora.applied} of {lora.modules} modules{passed}"
+    )
+
+
+def describe_result(manifest: Manifest, seconds: float) -> str:
+    """What was made, and how well the deltas survived rounding."""
+    gains = sorted(change.gain for change in manifest.changes)
+    lines = [f"fused {len(manifest.changes)} tensors in {seconds:.1f} s"]
+    if gains:
+        middle = gains[len(gains) // 2]
+        ratio = sorted(c.delta_rms / c.weight_rms for c in manifest.changes if c.weight_rms)
+        lines.append(
+            f"delta/weight median {ratio[len(ratio) // 2]:.2%}, gain median {middle:.3f}"
+            if ratio
+            else "weights were zero"
+        )
+    weak = [change for change in manifest.changes if change.gain < 0.95]
+    if weak:
+        lines.append(
+            f"{len(weak)} tensors kept less than 95 % of their delta after rounding "
+            f"(least: {min(weak, key=lambda change: change.gain).name})"
+        )
+    if manifest.schedule:
+        sigmas = ", ".join(f"{sigma:g}" for sigma in manifest.schedule.sigmas)
+        lines.append(
+            f"few-step schedule ({manifest.schedule.source}): {len(manifest.schedule.sigmas)} steps at {sigmas}"
+        )
+    return "\n".join(lines)
+
+
+def plan_json(plan: FusePlan) -> dict[str, Any]:
+    """The plan as `--json` prints it."""
+    base = plan.base
+    return {
+        "family": base.family.name if base.family else None,
+        "layout": base.layout.name if base.layout else None,
+        "targets": len(plan.patches),
+        "loras": [
+            {
+                "path": str(lora.request.path),
+                "dialect": lora.dialect,
+                "strength": lora.request.strength,
+                "scale": lora.scale,
+                "modules": lora.modules,
+                "applied": lora.applied,
+                "ignored": dict(lora.ignored),
+            }
+            for lora in plan.loras
+        ],
+        "problems": [
+            {"kind": problem.kind.value, "lora": problem.lora, "subject": problem.subject, "detail": problem.detail}
+            for problem in plan.problems
+        ],
+        "output_bytes": base.nbytes,
+        "peak_memory_bytes": peak_memory_bytes(plan),
+    }
+
+
+def peak_memory_bytes(plan: FusePlan) -> int:
+    """An estimate from headers: the runtime, the blocks, and the factors of the widest edited tensor in fp32."""
+    from .blocks import COPY_BLOCK_BYTES, EDIT_BLOCK_ELEMENTS
+
+    widest_row = max((ref.numel // ref.shape[0] for ref in plan.base.modules.values() if 0 not in ref.shape), default=0)
+    blocks = max(COPY_BLOCK_BYTES * 2, 6 * 4 * max(EDIT_BLOCK_ELEMENTS, widest_row))
+    factors = max(
+        (
+            sum(2 * 4 * ref.numel for patch in patches for ref in patch.module.factors.values())
+            for patches in plan.patches.values()
+        ),
+        default=0,
+    )
+    return _RUNTIME_BYTES + blocks + factors
