@@ -142,10 +142,12 @@ def match_lora(lora: LoraFile, base_modules: Collection[str]) -> Match:
 
 
 def _style(lora: LoraFile, dialect: Dialect) -> tuple[int, int]:
-    """How many stems have the dialect's prefix, and how many of its keys end as the dialect writes them."""
+    """Stems with the dialect's prefix (a prefix that none has counts against it), and keys with its endings."""
     prefix = dialect.spell("")
-    stems = sum(module.stem.startswith(prefix) for module in lora.modules) if prefix else 0
-    return stems, sum(key.endswith(tuple(dialect.roles.values())) for key in lora.source.tensors)
+    stems = sum(module.stem.startswith(prefix) for module in lora.modules)
+    return (stems or -1) if prefix else 0, sum(
+        key.endswith(tuple(dialect.roles.values())) for key in lora.source.tensors
+    )
 
 
 def guess_dialect(lora: LoraFile) -> Dialect:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lorafuse_common import __version__
 from lorafuse_common.checkpoint import Checkpoint, Form, side_files
-from lorafuse_common.errors import CheckpointError, LoraFileError, OutputError, PlanError
+from lorafuse_common.errors import CheckpointError, OutputError, PlanError
 from lorafuse_common.hashing import remember, sha256_of, stat_identity
 from lorafuse_common.manifest import (
     MANIFEST_NAME,
@@ -94,12 +94,18 @@ def fuse(plan: FusePlan, options: FuseOptions) -> FuseResult:
     if stopping := blocking(problems, options.allowed):
         raise PlanError(describe_problems(plan, stopping))
     before = _identities(plan)
-    with publish(options.out, replace=options.out.exists()) as staging:
-        manifest = _write(plan, options, staging)
-        changed = [str(path) for path, identity in _identities(plan).items() if identity != before[path]]
-        if changed:
-            raise CheckpointError(f"{', '.join(changed)}: changed while being read; nothing was written. Fuse again.")
-        (staging / MANIFEST_NAME).write_text(dump_manifest(manifest), encoding="utf-8")
+    try:
+        with publish(options.out, replace=options.out.exists()) as staging:
+            manifest = _write(plan, options, staging)
+            changed = [str(path) for path, identity in _identities(plan).items() if identity != before[path]]
+            if changed:
+                raise CheckpointError(
+                    f"{', '.join(changed)}: changed while being read; nothing was written. Fuse again."
+                )
+            (staging / MANIFEST_NAME).write_text(dump_manifest(manifest), encoding="utf-8")
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise OutputError(f"{options.out}: nothing was written: {error.strerror or error}{where}") from error
     remember({options.out / record.path: record.sha256 for record in manifest.outputs})
     return FuseResult(manifest, time.monotonic() - started, up_to_date=False)
 
@@ -149,10 +155,7 @@ def _write(plan: FusePlan, options: FuseOptions, staging: Path) -> Manifest:
     from .execute import Written, write_fused
 
     base = plan.base
-    try:
-        loras = tuple(record_lora(lora) for lora in plan.loras)
-    except OSError as error:
-        raise LoraFileError(f"{error.filename}: cannot be read: {error.strerror}") from error
+    loras = tuple(record_lora(lora) for lora in plan.loras)
     recipe = header_recipe(loras, __version__)
     sources: dict[Path, str] = {}
     outputs: dict[Path, FileRecord] = {}

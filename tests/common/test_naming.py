@@ -1,0 +1,96 @@
+"""Families, layouts and dialects: data compared with diffusers' own classes and with the shared listings."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from conftest import ROOT
+
+from lorafuse_common.dialects import DIALECTS, Dialect, split_key
+from lorafuse_common.families import FAMILIES, family_named, family_of_suffixes
+from lorafuse_common.naming import Family, candidates, identify, pattern_of
+
+LISTINGS = ROOT.parent / "shared" / "lora_keys"
+OPTIONS: dict[str, dict[str, object]] = {
+    "wan": {"image_dim": 1280, "added_kv_proj_dim": 64, "num_layers": 2},
+    "sd3": {"dual_attention_layers": (0,), "num_layers": 2},
+    "flux": {"guidance_embeds": True, "num_layers": 1, "num_single_layers": 1},
+}
+
+
+def linear_patterns(family: Family) -> set[str]:
+    """The patterns of every Linear and Conv module of the family's first class, built without weights."""
+    with torch.device("meta"):
+        model = getattr(diffusers, family.transformer_classes[0])(**OPTIONS.get(family.name, {}))
+    kinds = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Conv3d)
+    return {pattern_of(name) for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_diffusers_layout_is_diffusers(family: Family) -> None:
+    layout = next(layout for layout in family.layouts if layout.name == "diffusers")
+    assert layout.patterns == linear_patterns(family)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_families_are_told_apart_by_all_their_names(family: Family) -> None:
+    for layout in family.layouts:
+        assert identify([module.format(3) for module in layout.modules], FAMILIES) == (family, layout)
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.lora_targets], ids=lambda family: family.name)
+def test_presets_name_modules(family: Family) -> None:
+    names = [module.format(1) for module in family.layouts[0].modules]
+    for suffix in family.lora_targets:
+        assert any(name.endswith(f".{suffix}") for name in names), suffix
+    for template in family.idle_modules:
+        assert template.format(last=1) in names
+
+
+def test_the_origins_example_is_recognised_as_wan() -> None:
+    assert family_of_suffixes(["q", "k", "v", "o", "ffn.0", "ffn.2"]) is family_named("wan")
+    assert family_of_suffixes(["nonsense"]) is None
+
+
+def test_shared_names_are_not_claimed_for_one_family() -> None:
+    found = candidates(["transformer_blocks.0.attn.to_q"], FAMILIES)
+    assert {family.name for family, _ in found} >= {"flux", "qwen_image", "sd3"}
+    assert identify(["transformer_blocks.0.attn.to_q"], FAMILIES) is None
+    assert identify(["blocks.0.self_attn.q"], FAMILIES, "ChromaTransformer2DModel") is None
+
+
+@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.name)
+def test_what_a_dialect_writes_is_read_back(dialect: Dialect) -> None:
+    module = "transformer_blocks.0.attn.to_out.0"
+    for role, suffix in dialect.roles.items():
+        assert split_key(dialect.spell(module) + suffix) == (dialect.spell(module), role)
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("a.b.lora_A.my_adapter.weight", ("a.b", "down")),
+        ("a.b.lora_B", ("a.b", "up")),
+        ("a.b.lora_B.default.bias", ("a.b", "up_bias")),
+        ("a.b_lora.up.weight", ("a.b", "up")),
+        ("a.b.lora_magnitude_vector.default.weight", ("a.b", "magnitude")),
+        ("a.b.lokr_w2_a", ("a.b", "lokr")),
+        ("a.b.weight", None),
+        (".alpha", None),
+    ],
+)
+def test_suffixes(key: str, expected: tuple[str, str] | None) -> None:
+    assert split_key(key) == expected
+
+
+@pytest.mark.skipif(not LISTINGS.is_dir(), reason="the shared listings of real LoRA keys are not here")
+@pytest.mark.parametrize("path", sorted(LISTINGS.glob("*.json")), ids=lambda path: path.stem)
+def test_every_real_key_has_a_role(path: Path) -> None:
+    unread = [key for key in json.loads(path.read_text())["keys"] if split_key(key) is None]
+    known_gaps = r"norm\.(key|query)_norm\.scale$|processor\..*\.(down|up)\.weight$"  # BFL control, XLabs
+    assert [key for key in unread if not re.search(known_gaps, key)] == []

@@ -1,0 +1,188 @@
+"""Fused values against independent references: diffusers' fuse, PEFT's runtime adapter, a float64 formula."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from builders import MODULES, Factors, make_factors, save_model, tiny_transformer, write_lora
+from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+
+from lorafuse_common.checkpoint import open_checkpoint
+from lorafuse_common.dialects import DIALECTS, Dialect
+from lorafuse_common.dialects.diffsynth import DIFFSYNTH
+from lorafuse_common.dialects.diffusers import DIFFUSERS
+from lorafuse_common.dialects.lightning import LIGHTNING
+from lorafuse_common.dialects.peft import PEFT
+from lorafuse_fuse.fuse import FuseOptions, fuse, require_clean
+from lorafuse_fuse.plan import LoraRequest, plan_fuse
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def run_fuse(base: Path, loras: Mapping[Path, float], out: Path) -> Path:
+    plan = plan_fuse(open_checkpoint(base), [LoraRequest(path, strength) for path, strength in loras.items()])
+    require_clean(plan, ())
+    fuse(plan, FuseOptions(out))
+    return out
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}
+
+
+def expected(base: Path, deltas: list[tuple[Factors, float]]) -> dict[str, torch.Tensor]:
+    """`W + sum of factor * B @ A` in float64, rounded once to the weight's dtype."""
+    found = weights(base)
+    for module in {module for factors, _ in deltas for module in factors}:
+        total = found[f"{module}.weight"].double()
+        for factors, factor in deltas:
+            if module in factors:
+                down, up = factors[module]
+                total = total + factor * (up.double() @ down.double())
+        found[f"{module}.weight"] = total.to(found[f"{module}.weight"].dtype)
+    return found
+
+
+def assert_same(fused: Mapping[str, torch.Tensor], reference: Mapping[str, torch.Tensor]) -> None:
+    """Equal but for values that lie within fp32 noise of a rounding boundary: one step apart, and few."""
+    assert list(fused) == list(reference)
+    for name, value in fused.items():
+        want = reference[name]
+        assert value.dtype == want.dtype
+        off = value != want
+        if value.dtype == torch.float32:
+            torch.testing.assert_close(value, want, rtol=1e-6, atol=1e-7)
+        else:
+            assert off.float().mean() <= 1e-3, name
+            torch.testing.assert_close(value.float(), want.float(), rtol=2**-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.name)
+def test_every_dialect_gives_the_formulas_values(tmp_path: Path, dialect: Dialect) -> None:
+    base = save_model(tmp_path / "base")
+    factors = make_factors()
+    alpha = 2.0 if "alpha" in dialect.roles else None
+    lora = write_lora(tmp_path / "x.safetensors", factors, dialect, alpha)
+    out = run_fuse(base, {lora: 0.8}, tmp_path / "out")
+    assert_same(weights(out), expected(base, [(factors, 0.8 * (0.5 if alpha else 1.0))]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_dtypes_and_shards(tmp_path: Path, dtype: torch.dtype, sharded: bool) -> None:
+    base = save_model(tmp_path / "base", dtype, sharded=sharded)
+    factors = make_factors(dtype=torch.bfloat16)
+    lora = write_lora(tmp_path / "x.safetensors", factors, LIGHTNING, 2.0)
+    out = run_fuse(base, {lora: 1.0}, tmp_path / "out")
+    assert sorted(p.name for p in out.iterdir()) == sorted([*(p.name for p in base.iterdir()), "lorafuse.json"])
+    assert_same(weights(out), expected(base, [(factors, 0.5)]))
+    untouched = set(weights(base)) - {f"{m}.weight" for m in MODULES}
+    before, after = weights(base), weights(out)
+    assert all(torch.equal(before[name], after[name]) for name in untouched)
+    loaded = QwenImageTransformer2DModel.from_pretrained(out, torch_dtype=dtype)
+    assert all(torch.equal(value, after[name]) for name, value in loaded.state_dict().items())
+
+
+def test_several_loras_are_summed_and_rounded_once(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base")
+    parts = [make_factors(rank=rank, seed=rank) for rank in (2, 4, 8)]
+    strengths = (1.0, -0.5, 0.25)
+    paths = [
+        write_lora(tmp_path / f"{i}.safetensors", part, dialect)
+        for i, (part, dialect) in enumerate(zip(parts, (DIFFSYNTH, DIFFUSERS, PEFT), strict=True))
+    ]
+    out = run_fuse(base, dict(zip(paths, strengths, strict=True)), tmp_path / "out")
+    assert_same(weights(out), expected(base, list(zip(parts, strengths, strict=True))))
+    turned = run_fuse(base, dict(zip(reversed(paths), reversed(strengths), strict=True)), tmp_path / "turned")
+    assert_same(weights(turned), weights(out))
+
+
+def test_equals_diffusers_own_fuse(tmp_path: Path) -> None:
+    """`load_lora_weights` + `fuse_lora` in fp32, with alpha != rank in the metadata."""
+    base = save_model(tmp_path / "base", torch.float32)
+    meta = {"r": 4, "lora_alpha": 6, "target_modules": list(MODULES), "alpha_pattern": {MODULES[0]: 2}}
+    metadata = {"lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in meta.items()})}
+    lora = write_lora(tmp_path / "x.safetensors", make_factors(), DIFFUSERS, metadata=metadata)
+    out = run_fuse(base, {lora: 0.7}, tmp_path / "out")
+    pipeline = QwenImagePipeline(
+        transformer=QwenImageTransformer2DModel.from_pretrained(base),
+        vae=None, text_encoder=None, tokenizer=None, scheduler=None,
+    )  # fmt: skip
+    pipeline.load_lora_weights(str(lora))
+    pipeline.fuse_lora(lora_scale=0.7)
+    pipeline.unload_lora_weights()
+    fused = weights(out)
+    for name, value in pipeline.transformer.state_dict().items():
+        torch.testing.assert_close(fused[name], value, rtol=1e-5, atol=1e-6)
+    changed = [name for name, value in weights(base).items() if not torch.equal(value, fused[name])]
+    assert sorted(changed) == sorted(f"{module}.weight" for module in MODULES)
+
+
+def test_forward_equals_pefts_runtime_adapter(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", torch.float32)
+    model = tiny_transformer()
+    model.add_adapter(LoraConfig(r=4, lora_alpha=3, target_modules=list(MODULES), init_lora_weights=False))
+    saved = {name: value for name, value in model.state_dict().items() if "lora_" in name}
+    factors = {
+        m: (saved[f"{m}.lora_A.default.weight"].contiguous(), saved[f"{m}.lora_B.default.weight"].contiguous())
+        for m in MODULES
+    }
+    lora = write_lora(tmp_path / "x.safetensors", factors, LIGHTNING, alpha=3.0)
+    fused = QwenImageTransformer2DModel.from_pretrained(run_fuse(base, {lora: 1.0}, tmp_path / "out"))
+    torch.manual_seed(5)
+    inputs = {
+        "hidden_states": torch.randn(1, 16, 16),
+        "encoder_hidden_states": torch.randn(1, 3, 16),
+        "timestep": torch.tensor([0.5]),
+        "img_shapes": [[(1, 4, 4)]],
+        "return_dict": False,
+    }
+    with torch.no_grad():
+        torch.testing.assert_close(fused(**inputs)[0], model(**inputs)[0], rtol=1e-4, atol=1e-5)
+        model.disable_adapters()
+        assert (fused(**inputs)[0] - model(**inputs)[0]).abs().max() > 1e-2
+
+
+def test_convolutions(tmp_path: Path) -> None:
+    """A kernel LoRA, and a linear pair on a 1x1 convolution, by the flattened product."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    base = {"conv.weight": draw(6, 4, 3, 3), "point.weight": draw(6, 4, 1, 1), "norm.weight": draw(6)}
+    (tmp_path / "base").mkdir()
+    save_file(base, tmp_path / "base" / WEIGHTS)
+    down, up = draw(2, 4, 3, 3), draw(6, 2, 1, 1)
+    flat_down, flat_up = draw(2, 4), draw(6, 2)
+    factors = {"conv": (down, up), "point": (flat_down, flat_up)}
+    lora = write_lora(tmp_path / "x.safetensors", factors, LIGHTNING)
+    fused = weights(run_fuse(tmp_path / "base", {lora: 1.0}, tmp_path / "out"))
+    conv = torch.nn.functional.conv2d(down.permute(1, 0, 2, 3), up).permute(1, 0, 2, 3)  # kohya's form of the product
+    torch.testing.assert_close(fused["conv.weight"], base["conv.weight"] + conv)
+    torch.testing.assert_close(fused["point.weight"][..., 0, 0], base["point.weight"][..., 0, 0] + flat_up @ flat_down)
+    assert torch.equal(fused["norm.weight"], base["norm.weight"])
+
+
+def test_survival_figures_follow_their_definition(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base")
+    factors = make_factors(size=0.02)
+    lora = write_lora(tmp_path / "x.safetensors", factors, DIFFSYNTH)
+    plan = plan_fuse(open_checkpoint(base), [LoraRequest(lora)])
+    changes = fuse(plan, FuseOptions(tmp_path / "out")).manifest.changes
+    before, after = weights(base), weights(tmp_path / "out")
+    assert len(changes) == len(MODULES)
+    for change in changes:
+        weight, fused = before[change.name].double(), after[change.name].double()
+        down, up = factors[change.name.removesuffix(".weight")]
+        delta = up.double() @ down.double()
+        assert change.weight_rms == pytest.approx(weight.square().mean().sqrt().item(), rel=1e-3)
+        assert change.delta_rms == pytest.approx(delta.square().mean().sqrt().item(), rel=1e-3)
+        assert change.loss == pytest.approx(((fused - weight - delta).norm() / delta.norm()).item(), rel=1e-2)
+        assert change.gain == pytest.approx((((fused - weight) * delta).sum() / delta.square().sum()).item(), rel=1e-2)
