@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 BLOCK_BYTES = 8 << 20
-_RACY_NS = 2_000_000_000
-"""A file changed less than this ago may change again within the clock's grain, so it is not remembered."""
+_RACY_NS = 50_000_000
+"""A file changed less than this ago may change again within the clock's grain (4 to 10 ms), so it is not remembered."""
 _MOST_ENTRIES = 4096
 
 

@@ -139,6 +139,13 @@ def test_second_run_does_nothing_and_other_inputs_are_refused(run: Run, tmp_path
     code, _, err = run(*args)
     assert code == 1
     assert "does not match its lorafuse.json" in err
+    assert run(*args, "--force")[0] == 0
+    assert run(*args)[0] == 0
+    broken = tmp_path / "out" / "diffusion_pytorch_model.safetensors"
+    intact = broken.read_bytes()
+    broken.write_bytes(intact[:-1] + b"?")  # same size: found by its hash under --force, which mends it
+    assert run(*args, "--force")[0] == 0
+    assert broken.read_bytes() == intact
 
 
 def test_same_inputs_same_bytes(run: Run, tmp_path: Path, lora: Path) -> None:

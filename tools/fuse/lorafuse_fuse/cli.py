@@ -48,7 +48,7 @@ ScheduleOption = Annotated[
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Plan only, from headers; write nothing.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-ForceOption = Annotated[bool, typer.Option("--force", help="Replace --out where it is a fused checkpoint.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace --out where it is a damaged or another fused checkpoint.")]
 
 
 @app.callback(invoke_without_command=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lorafuse_common import __version__
 from lorafuse_common.checkpoint import Checkpoint, Form, side_files
-from lorafuse_common.errors import CheckpointError, OutputError, PlanError
+from lorafuse_common.errors import CheckpointError, ManifestError, OutputError, PlanError
 from lorafuse_common.hashing import remember, sha256_of, stat_identity
 from lorafuse_common.manifest import (
     MANIFEST_NAME,
@@ -113,23 +113,29 @@ def fuse(plan: FusePlan, options: FuseOptions) -> FuseResult:
 def _existing(plan: FusePlan, options: FuseOptions) -> Manifest | None:
     """The manifest of an up-to-date output; None where it may be replaced."""
     out = options.out
-    manifest = read_manifest(out) if out.is_dir() and not options.force else None
-    if manifest:
-        with ByteProgress("checking inputs", plan.base.nbytes) as progress:
-            same = is_up_to_date(manifest, plan.base, plan.loras, options.allowed, options.schedule, progress)
-        if same:
-            verify_manifest(out, manifest, hashes=False)
-            return manifest
-        raise OutputError(
-            f"{out}: is a fused checkpoint of other inputs. Choose another --out, or replace it with --force."
-        )
-    replaceable = out.is_dir() and ((out / MANIFEST_NAME).is_file() or not any(out.iterdir()))
-    if not replaceable:
+    if out.is_dir() and not any(out.iterdir()):
+        return None
+    if not (out / MANIFEST_NAME).is_file():
         raise OutputError(
             f"{out}: exists and is no fused checkpoint (it has no {MANIFEST_NAME}), so it is not replaced. "
             "Choose another --out, or remove it yourself."
         )
-    return None
+    try:
+        manifest = read_manifest(out)
+        with ByteProgress("checking inputs", plan.base.nbytes) as progress:
+            same = manifest and is_up_to_date(
+                manifest, plan.base, plan.loras, options.allowed, options.schedule, progress
+            )
+        if manifest and same:
+            verify_manifest(out, manifest, hashes=options.force)
+            return manifest
+    except ManifestError:
+        if options.force:
+            return None
+        raise
+    if options.force:
+        return None
+    raise OutputError(f"{out}: is a fused checkpoint of other inputs. Choose another --out, or replace it with --force.")
 
 
 def _check_space(plan: FusePlan, options: FuseOptions) -> None:
