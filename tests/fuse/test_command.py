@@ -354,9 +354,10 @@ def test_flags_of_diffsynth_users(run: Run, tmp_path: Path, lora: Path, flag: st
 def test_bases_that_are_none(run: Run, tmp_path: Path, lora: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "model.ckpt").write_bytes(b"")
-    code, _, err = run("fuse", tmp_path / name, "--lora", lora, "--out", tmp_path / "out")
+    code, out, err = run("fuse", tmp_path / name, "--lora", lora, "--out", tmp_path / "out", "--json")
     assert code == 1
     assert str(tmp_path / name) in err
+    assert str(tmp_path / name) in json.loads(out)["error"]
     assert "Traceback" not in err
 
 

@@ -14,6 +14,7 @@ from lorafuse_common.dialects.comfy import COMFY
 from lorafuse_common.dialects.kohya import KOHYA
 from lorafuse_common.dialects.lightning import LIGHTNING
 from lorafuse_common.errors import LorafuseError, PlanError
+from lorafuse_common.manifest import read_manifest
 from lorafuse_fuse.fuse import FuseOptions, fuse, require_clean
 from lorafuse_fuse.plan import FusePlan, LoraRequest, ProblemKind, plan_fuse
 
@@ -93,6 +94,23 @@ def test_damaged_factors_stop_before_writing(base: Checkpoint, tmp_path: Path, v
     with pytest.raises(PlanError, match=rf"1 x NOT_FINITE: {TO_Q}"):
         fuse(plan, FuseOptions(tmp_path / "out"))
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_damaged_modules_are_left_out_where_that_is_allowed(base: Checkpoint, tmp_path: Path) -> None:
+    to_k = "transformer_blocks.0.attn.to_k"
+    broken = {f"{to_k}.lora_A.weight": A * float("nan"), f"{to_k}.lora_B.weight": B}
+    plan = planned(base, tmp_path, GOOD | broken)
+    fuse_checked(plan, tmp_path / "out", ProblemKind.NOT_FINITE)
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest
+    assert [change.name for change in manifest.changes] == [f"{TO_Q}.weight"]
+    assert (manifest.loras[0].applied, manifest.loras[0].ignored) == (1, {"NOT_FINITE": 1})
+
+
+def test_what_is_no_lora_cannot_be_allowed(base: Checkpoint, tmp_path: Path) -> None:
+    plan = plan_fuse(base, [LoraRequest(tmp_path / "absent.safetensors")])
+    with pytest.raises(PlanError, match="absent"):
+        require_clean(plan, tuple(ProblemKind))
 
 
 def test_untrained_loras_have_no_effect(base: Checkpoint, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,7 +49,9 @@ ScheduleOption = Annotated[
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Plan only, from headers; write nothing.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-ForceOption = Annotated[bool, typer.Option("--force", help="Replace --out where it is a damaged or another fused checkpoint.")]
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Replace --out where it is another fused checkpoint, or a damaged one.")
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -82,25 +85,25 @@ def fuse_command(
     from .report import describe_plan, plan_json
 
     allowed = tuple(allow or ())
-    plan = plan_fuse(open_checkpoint(base, component), [parse_lora(text) for text in lora])
+    facts: dict[str, Any] = {}
     try:
+        plan = plan_fuse(open_checkpoint(base, component), [parse_lora(text) for text in lora])
+        facts = plan_json(plan)
         _say(describe_plan(plan))
         check_out(plan, out)
         require_clean(plan, allowed)
         options = FuseOptions(out, allowed, resolve_schedule(schedule, plan.loras, plan.base), components, force)
         _say_allowed(plan, allowed)
-        result = None if dry_run else fuse(plan, options)
+        if dry_run:
+            _say("dry run: clean, nothing was written")
+        else:
+            facts |= _announce(fuse(plan, options), out)
     except LorafuseError as error:
-        if as_json:
-            typer.echo(json.dumps(plan_json(plan) | {"error": str(error)}))
+        facts["error"] = str(error)
         raise
-    facts = plan_json(plan)
-    if result is None:
-        _say("dry run: clean, nothing was written")
-    else:
-        facts |= _announce(result, out)
-    if as_json:
-        typer.echo(json.dumps(facts))
+    finally:
+        if as_json:
+            typer.echo(json.dumps(facts))
 
 
 def _announce(result: Any, out: Path) -> dict[str, Any]:
@@ -162,6 +165,7 @@ def _say_allowed(plan: FusePlan, allowed: tuple[ProblemKind, ...]) -> None:
 
 def main() -> None:
     """Run the command line; a fault in the input is one message and status 1, a bug keeps its traceback."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that staging is removed
     try:
         app()
     except LorafuseError as error:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -35,7 +36,7 @@ class Written:
 def check_factors(plan: FusePlan) -> tuple[Problem, ...]:
     """Read every factor once, before anything is written: NaN, Inf, and LoRAs that were never trained."""
     problems = []
-    trained = dict.fromkeys((lora.request.path.name for lora in plan.loras if lora.applied), False)
+    trained = dict.fromkeys((str(lora.request.path) for lora in plan.loras if lora.applied), False)
     for patch in (patch for patches in plan.patches.values() for patch in patches):
         factors = [read_tensor(ref) for ref in patch.module.factors.values()]
         if not all(bool(torch.isfinite(factor).all()) for factor in factors):
@@ -62,107 +63,132 @@ def write_fused(
     Raises:
         CheckpointError: the source ended early, or a fused value is not finite.
     """
-    sums = {"source": hashlib.sha256(), "output": hashlib.sha256()}
-    changes = []
-    with source.path.open("rb", buffering=0) as reading, out.open("xb", buffering=0) as writing:
-        sums["source"].update(_read(reading, source.path, source.data_start))
+    with source.path.open("rb", buffering=0) as reading, out.open("xb", buffering=0) as writing, _one_thread():
+        stream = _Stream(source.path, reading, writing, progress)
         header = encode_header(source, metadata)
-        sums["output"].update(header)
-        _write(writing, memoryview(header))
-
-        def emit(data: memoryview) -> None:
-            sums["output"].update(data)
-            _write(writing, data)
-            progress(len(data))
-
+        stream.replace(source.data_start, header)
+        changes = []
         for ref in source.tensors.values():
             if ref.name in patches:
-                changes.append(_edit(reading, ref, patches[ref.name], sums["source"].update, emit))
+                changes.append(_edit(stream, ref, patches[ref.name]))
             else:
-                _copy(reading, ref, sums["source"].update, emit)
-        size = writing.tell()
-    return Written(sums["source"].hexdigest(), sums["output"].hexdigest(), size, tuple(changes))
+                _copy(stream, ref)
+    written = source.size - source.data_start + len(header)
+    return Written(stream.source_hash.hexdigest(), stream.output_hash.hexdigest(), written, tuple(changes))
 
 
-def _read(file: BinaryIO, path: Path, count: int) -> bytearray:
-    data = bytearray(count)
-    view, at = memoryview(data), 0
-    while at < count:
-        got = file.readinto(view[at:])  # type: ignore[attr-defined]
-        if not got:
-            raise CheckpointError(f"{path}: ended early; did it change while it was read?")
-        at += got
-    return data
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Blocks are too small to share out: on a busy machine waiting threads cost several times the arithmetic."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
-def _write(file: BinaryIO, data: memoryview) -> None:
-    while data:
-        data = data[file.write(data) :]
+class _Stream:
+    """Reads one file and writes another in step, through one buffer, hashing both."""
+
+    def __init__(self, path: Path, reading: BinaryIO, writing: BinaryIO, progress: Progress) -> None:
+        self._path, self._reading, self._writing, self._progress = path, reading, writing, progress
+        self._buffer = bytearray(COPY_BLOCK_BYTES)
+        self.source_hash, self.output_hash = hashlib.sha256(), hashlib.sha256()
+
+    def read(self, count: int) -> memoryview:
+        """The next `count` bytes, to be changed in place; valid until the next read."""
+        if count > len(self._buffer):
+            self._buffer = bytearray(count)
+        block, at = memoryview(self._buffer)[:count], 0
+        while at < count:
+            got = self._reading.readinto(block[at:])  # type: ignore[attr-defined]
+            if not got:
+                raise CheckpointError(f"{self._path}: ended early; did it change while it was read?")
+            at += got
+        self.source_hash.update(block)
+        return block
+
+    def write(self, block: memoryview) -> None:
+        """Write what `read` gave, as it is now."""
+        self._emit(block)
+        self._progress(len(block))
+
+    def replace(self, count: int, data: bytes) -> None:
+        """Read `count` bytes and write `data` in their place."""
+        while count:
+            count -= len(self.read(min(count, COPY_BLOCK_BYTES)))
+        self._emit(memoryview(data))
+
+    def _emit(self, data: memoryview) -> None:
+        self.output_hash.update(data)
+        while data:
+            data = data[self._writing.write(data) :]
 
 
-Sink = Callable[[memoryview], object]
-
-
-def _copy(reading: BinaryIO, ref: TensorRef, hash_source: Sink, emit: Sink) -> None:
+def _copy(stream: _Stream, ref: TensorRef) -> None:
     left = ref.nbytes
     while left:
-        block = memoryview(_read(reading, ref.file, min(left, COPY_BLOCK_BYTES)))
-        hash_source(block)
-        emit(block)
+        block = stream.read(min(left, COPY_BLOCK_BYTES))
+        stream.write(block)
         left -= len(block)
 
 
-def _edit(reading: BinaryIO, ref: TensorRef, patches: Sequence[Patch], hash_source: Sink, emit: Sink) -> TensorChange:
+def _edit(stream: _Stream, ref: TensorRef, patches: Sequence[Patch]) -> TensorChange:
     """`W' = round(W + sum_i factor_i * D_i)`, deltas summed in fp32 (fp64 for fp64 weights), by blocks of rows."""
     dtype: torch.dtype = getattr(torch, FLOAT_DTYPES[ref.dtype])
     work = torch.float64 if dtype is torch.float64 else torch.float32
     factors = [{role: read_tensor(f).to(work) for role, f in patch.module.factors.items()} for patch in patches]
     rows, columns = ref.shape[0], ref.numel // ref.shape[0]
-    row_bytes = ref.nbytes // rows
-    step = max(1, EDIT_BLOCK_ELEMENTS // columns)
-    totals = _Totals()
+    step = min(rows, max(1, EDIT_BLOCK_ELEMENTS // columns))
+    adder = _Adder(step, columns, work)
     for start in range(0, rows, step):
         stop = min(rows, start + step)
-        data = _read(reading, ref.file, (stop - start) * row_bytes)
-        hash_source(memoryview(data))
-        block = torch.frombuffer(data, dtype=dtype).view(stop - start, columns)
-        delta = torch.zeros(stop - start, columns, dtype=work)
+        block = stream.read((stop - start) * ref.nbytes // rows)
+        weight = torch.frombuffer(block, dtype=dtype).view(stop - start, columns)
+        delta = adder.zeros(stop - start)
         for patch, tensors in zip(patches, factors, strict=True):
             patch.algebra.delta_rows(tensors, start, stop, delta, patch.factor)
-        totals.add(block, delta)
-        emit(memoryview(data))
-    return totals.change(ref)
+        adder.add(weight, delta)
+        stream.write(block)
+    return adder.change(ref)
 
 
-class _Totals:
-    """Adds deltas to blocks in place and sums what that did to them."""
+class _Adder:
+    """Adds deltas to blocks of a weight in place, and sums what that did to it; its scratch is allocated once."""
 
-    def __init__(self) -> None:
-        self.weight = self.delta = self.error = self.kept = 0.0
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype) -> None:
+        self._scratch = torch.empty(3, rows, columns, dtype=dtype)
+        self._weight = self._delta = self._error = self._kept = 0.0
 
-    def add(self, block: torch.Tensor, delta: torch.Tensor) -> None:
-        """`block += delta`, rounded once to the block's dtype."""
-        before = block.to(delta.dtype, copy=True)
-        exact = before + delta
-        block.copy_(exact)
-        after = block.to(delta.dtype, copy=True)
-        self.weight += _dot(before, before)
-        self.delta += _dot(delta, delta)
-        exact.sub_(after)
-        self.error += _dot(exact, exact)
-        self.kept += _dot(after.sub_(before), delta)
+    def zeros(self, rows: int) -> torch.Tensor:
+        """Where the deltas of the next `rows` rows are summed; valid until the next call."""
+        return self._scratch[0, :rows].zero_()
+
+    def add(self, weight: torch.Tensor, delta: torch.Tensor) -> None:
+        """`weight += delta`, rounded once to the weight's dtype."""
+        before, exact = self._scratch[1, : len(delta)], self._scratch[2, : len(delta)]
+        before.copy_(weight)
+        torch.add(before, delta, out=exact)
+        weight.copy_(exact)
+        self._weight += _dot(before, before)
+        self._delta += _dot(delta, delta)
+        arrived = before.neg_().add_(weight)  # E = after - before
+        self._kept += _dot(arrived, delta)
+        lost = exact.sub_(weight)
+        self._error += _dot(lost, lost)
 
     def change(self, ref: TensorRef) -> TensorChange:
         """The figures of the whole tensor, to 4 digits; a value that is not finite is an error."""
-        if not all(map(math.isfinite, (self.weight, self.delta, self.error, self.kept))):
+        if not all(map(math.isfinite, (self._weight, self._delta, self._error, self._kept))):
             raise CheckpointError(
                 f"{ref.file}: {ref.name}: the fused values are not finite: the base holds NaN or Inf, "
                 f"or the sum exceeds what {ref.dtype} can hold. Check the base, or lower the strengths."
             )
-        norm = max(self.delta, 1e-300)
+        norm = max(self._delta, 1e-300)
         figures = (
-            (self.weight / ref.numel) ** 0.5, (self.delta / ref.numel) ** 0.5,
-            (self.error / norm) ** 0.5, self.kept / norm,
+            (self._weight / ref.numel) ** 0.5, (self._delta / ref.numel) ** 0.5,
+            (self._error / norm) ** 0.5, self._kept / norm,
         )  # fmt: skip
         return TensorChange(ref.name, *(float(f"{figure:.4g}") for figure in figures))
 

@@ -24,7 +24,7 @@ from lorafuse_common.manifest import (
 from lorafuse_common.publish import publish
 
 from .carry import Components, carry
-from .plan import FusePlan, ProblemKind, blocking
+from .plan import FusePlan, ProblemKind, blocking, without_damaged
 from .progress import ByteProgress
 from .record import header_recipe, input_paths, is_up_to_date, record_files, record_lora, record_parent
 from .report import describe_problems
@@ -93,6 +93,7 @@ def fuse(plan: FusePlan, options: FuseOptions) -> FuseResult:
     problems = check_factors(plan)
     if stopping := blocking(problems, options.allowed):
         raise PlanError(describe_problems(plan, stopping))
+    plan = without_damaged(plan, problems)
     before = _identities(plan)
     try:
         with publish(options.out, replace=options.out.exists()) as staging:
@@ -135,7 +136,9 @@ def _existing(plan: FusePlan, options: FuseOptions) -> Manifest | None:
         raise
     if options.force:
         return None
-    raise OutputError(f"{out}: is a fused checkpoint of other inputs. Choose another --out, or replace it with --force.")
+    raise OutputError(
+        f"{out}: is a fused checkpoint of other inputs. Choose another --out, or replace it with --force."
+    )
 
 
 def _check_space(plan: FusePlan, options: FuseOptions) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -41,7 +41,7 @@ class Problem:
 
     kind: ProblemKind
     lora: str
-    """The LoRA's file name."""
+    """The LoRA's path as it was given."""
     subject: str
     """The key or module it is about, as the file spells it."""
     detail: str
@@ -60,7 +60,7 @@ class Patch:
     """One module of one LoRA, to be added to one tensor of the base."""
 
     lora: str
-    """The LoRA's file name."""
+    """The LoRA's path as it was given."""
     module: LoraModule
     algebra: Algebra
     factor: float
@@ -111,12 +111,32 @@ def plan_fuse(base: Checkpoint, requests: Sequence[LoraRequest]) -> FusePlan:
 
 
 def blocking(problems: Sequence[Problem], allowed: Collection[ProblemKind]) -> tuple[Problem, ...]:
-    """The problems that the user did not allow."""
-    return tuple(problem for problem in problems if problem.kind not in allowed)
+    """The problems that the user did not allow; a file that is no LoRA cannot be allowed."""
+    passing = set(allowed) - {ProblemKind.NOT_A_LORA}
+    return tuple(problem for problem in problems if problem.kind not in passing)
+
+
+def without_damaged(plan: FusePlan, problems: Sequence[Problem]) -> FusePlan:
+    """The plan less the modules that turned out to be damaged, for a user who allows that."""
+    damaged = {(p.lora, p.subject) for p in problems if p.kind is ProblemKind.NOT_FINITE}
+    if not damaged:
+        return plan
+    kept = {
+        name: tuple(patch for patch in patches if (patch.lora, patch.module.stem) not in damaged)
+        for name, patches in plan.patches.items()
+    }
+    counts = Counter(lora for lora, _ in damaged)
+    loras = tuple(
+        replace(lora, applied=lora.applied - lost, ignored={**lora.ignored, ProblemKind.NOT_FINITE.value: lost})
+        if (lost := counts[str(lora.request.path)])
+        else lora
+        for lora in plan.loras
+    )
+    return replace(plan, loras=loras, patches={name: patches for name, patches in kept.items() if patches})
 
 
 def _plan_lora(base: Checkpoint, request: LoraRequest) -> tuple[LoraPlan, list[tuple[str, Patch]], list[Problem]]:
-    name = request.path.name
+    name = str(request.path)
     try:
         lora = read_lora(request.path)
         match = match_lora(lora, base.modules)
@@ -167,7 +187,7 @@ def _plan_module(
     """The tensor, patch and scale source of one module, or why there is none."""
 
     def problem(kind: ProblemKind, detail: str) -> Problem:
-        return Problem(kind, lora.path.name, module.stem, detail)
+        return Problem(kind, str(lora.path), module.stem, detail)
 
     target = match.targets.get(module.stem)
     if target is None:
@@ -188,7 +208,7 @@ def _plan_module(
         scale, source = resolve_scale(target, algebra.rank(shapes), module.alpha, lora.config)
     except ScaleConflictError as error:
         return problem(ProblemKind.SCALE_CONFLICT, str(error))
-    return weight.name, Patch(lora.path.name, module, algebra, strength * scale), source
+    return weight.name, Patch(str(lora.path), module, algebra, strength * scale), source
 
 
 def _no_algebra(problem: Callable[[ProblemKind, str], Problem], module: LoraModule, lora: LoraFile) -> Problem:

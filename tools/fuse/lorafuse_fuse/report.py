@@ -26,7 +26,7 @@ def describe_problems(plan: FusePlan, problems: Sequence[Problem]) -> str:
     """All problems grouped by LoRA and kind, with counts, first names and the likeliest cause."""
     lines = [f"nothing was written: {len(problems)} problem{'s' if len(problems) > 1 else ''}"]
     for lora in plan.loras:
-        name = lora.request.path.name
+        name = str(lora.request.path)
         ours = [problem for problem in problems if problem.lora == name]
         if not ours:
             continue
