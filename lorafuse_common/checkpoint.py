@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -19,6 +20,7 @@ DEFAULT_COMPONENT = "transformer"
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "transformer.", "model.", "net.")
 """What single-file checkpoints put before the transformer's names."""
 _INDEX_SUFFIX = ".safetensors.index.json"
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 _WEIGHTS_STEMS = ("diffusion_pytorch_model", "model")
 
 
@@ -74,7 +76,8 @@ def open_checkpoint(path: Path, component: str | None = None) -> Checkpoint:
     """
     if not path.exists():
         raise CheckpointError(
-            f"{path}: no such file or folder; expected a .safetensors file, a model folder or a pipeline folder on disk"
+            f"{path}: no such file or folder; expected a .safetensors file, a model folder or a pipeline folder "
+            "on disk (a model on the hub has to be downloaded first)"
         )
     if path.is_file():
         _refuse_component(path, component, "a single file")
@@ -205,15 +208,40 @@ def _sharded(index: Path) -> tuple[TensorFile, ...]:
 
 
 def side_files(checkpoint: Checkpoint) -> tuple[Path, ...]:
-    """Every other file of the model, relative to its folder and sorted: configs, indexes, other components.
+    """Every other file that belongs to the model, relative to its folder and sorted: configs, other components.
 
-    Hidden files and the `lorafuse.json` of a base that was itself fused are left out.
+    Left out are hidden files, the `lorafuse.json` of a base that was itself fused, and other weights that lie beside
+    the transformer's or in the root (variants, single-file copies): unfused, they would be mistaken for fused ones.
     """
+    return tuple(path for path in _other_files(checkpoint) if not _is_foreign_weight(checkpoint, path))
+
+
+def foreign_weights(checkpoint: Checkpoint) -> tuple[Path, ...]:
+    """The weights that `side_files` leaves out, relative to the folder."""
+    return tuple(path for path in _other_files(checkpoint) if _is_foreign_weight(checkpoint, path))
+
+
+def _other_files(checkpoint: Checkpoint) -> tuple[Path, ...]:
     if checkpoint.form is Form.FILE:
         return ()
     weights = {file.path for file in checkpoint.files}
-    found = (path for path in sorted(checkpoint.root.rglob("*")) if path.is_file() and path not in weights)
-    relative = (path.relative_to(checkpoint.root) for path in found)
-    return tuple(
-        path for path in relative if not any(part.startswith(".") for part in path.parts) and str(path) != MANIFEST_NAME
-    )
+    found = []
+    visited = set()
+    for folder, subfolders, names in os.walk(checkpoint.root, followlinks=True):
+        real = Path(folder).resolve()
+        subfolders[:] = [] if real in visited else [name for name in subfolders if not name.startswith(".")]
+        if real in visited:
+            continue  # a link that leads back up
+        visited.add(real)
+        paths = (Path(folder) / name for name in names if not name.startswith("."))
+        found += [path.relative_to(checkpoint.root) for path in paths if path not in weights and path.is_file()]
+    return tuple(sorted(path for path in found if str(path) != MANIFEST_NAME))
+
+
+def _is_foreign_weight(checkpoint: Checkpoint, path: Path) -> bool:
+    beside = path.parent in (Path(), Path(checkpoint.component or "."))
+    if path.name.endswith(".index.json"):
+        name = path.name.removesuffix(".index.json")
+        stems = {file.path.name.split("-0")[0] for file in checkpoint.files}  # "model" of "model-00001-of-00002..."
+        return beside and name.removesuffix(".safetensors") not in stems
+    return beside and path.suffix in _WEIGHT_SUFFIXES

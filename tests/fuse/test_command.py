@@ -89,6 +89,25 @@ def manifest_names(files: dict[str, str]) -> list[str]:
     return [name for name in files if not name.startswith(".")]
 
 
+def test_linked_components_and_other_weights(run: Run, tmp_path: Path, lora: Path) -> None:
+    """Folders behind links are carried over; unfused weights beside the fused ones are not."""
+    base = pipeline(tmp_path / "base")
+    (base / "vae").rename(tmp_path / "elsewhere")
+    (base / "vae").symlink_to(tmp_path / "elsewhere")
+    (base / "loop").symlink_to(base)
+    for name in ("diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin"):
+        (base / "transformer" / name).write_bytes(b"unfused")
+    (base / "transformer" / "diffusion_pytorch_model.fp16.safetensors.index.json").write_text("{}")
+    (base / "qwen.safetensors").write_bytes(b"unfused")
+    code, _, err = run("fuse", base, "--lora", lora, "--out", tmp_path / "out")
+    assert code == 0, err
+    assert (tmp_path / "out" / "vae" / "model.safetensors").read_bytes() == b"v" * 1000
+    assert (tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors.index.json").is_file()
+    assert [p for p in (tmp_path / "out").rglob("*") if p.is_file() and p.read_bytes() == b"unfused"] == []
+    assert "fp16.safetensors" in err
+    assert run("fuse", base, "--lora", lora, "--out", tmp_path / "out")[0] == 0
+
+
 def test_another_component(run: Run, tmp_path: Path, lora: Path) -> None:
     base = pipeline(tmp_path / "base")
     code, _, err = run("fuse", base, "--lora", lora, "--out", tmp_path / "out", "--component", "transformer_2")
@@ -281,7 +300,7 @@ def test_too_little_space_is_seen_before(run: Run, tmp_path: Path, lora: Path, m
     monkeypatch.setattr(execute, "free_bytes", lambda folder: 1000)
     code, _, err = run("fuse", save_model(tmp_path / "base"), "--lora", lora, "--out", tmp_path / "out")
     assert code == 1
-    assert "GB free" in err
+    assert "0.0 MB free" in err
 
 
 def test_an_input_that_changes_meanwhile(run: Run, tmp_path: Path, lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,6 +101,9 @@ def fuse_command(
     except LorafuseError as error:
         facts["error"] = str(error)
         raise
+    except KeyboardInterrupt:
+        _say("interrupted: nothing was written")
+        raise typer.Exit(130) from None
     finally:
         if as_json:
             typer.echo(json.dumps(facts))
@@ -171,6 +174,3 @@ def main() -> None:
     except LorafuseError as error:
         _say(f"error: {error}")
         sys.exit(1)
-    except KeyboardInterrupt:
-        _say("interrupted: nothing was written")
-        sys.exit(130)

@@ -25,7 +25,7 @@ from lorafuse_common.publish import publish
 
 from .carry import Components, carry
 from .plan import FusePlan, ProblemKind, blocking, without_damaged
-from .progress import ByteProgress
+from .progress import ByteProgress, size_text
 from .record import header_recipe, input_paths, is_up_to_date, record_files, record_lora, record_parent
 from .report import describe_problems
 
@@ -148,7 +148,7 @@ def _check_space(plan: FusePlan, options: FuseOptions) -> None:
     if options.components is Components.COPY:
         needed += sum((plan.base.root / path).stat().st_size for path in side_files(plan.base))
     if needed > free:
-        raise OutputError(f"{options.out}: needs {needed / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free")
+        raise OutputError(f"{options.out}: needs {size_text(needed)}, its disk has {size_text(free)} free")
 
 
 def _identities(plan: FusePlan) -> dict[Path, str]:

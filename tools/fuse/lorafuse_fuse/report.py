@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lorafuse_common.checkpoint import foreign_weights
 from lorafuse_common.manifest import Manifest
 
 from .plan import FusePlan, LoraPlan, Problem, ProblemKind
+from .progress import size_text
 
 _NAMES_SHOWN = 3
 _RUNTIME_BYTES = 300 << 20
@@ -53,9 +55,11 @@ def describe_plan(plan: FusePlan) -> str:
     """A few lines: the base, each LoRA, what will change."""
     base = plan.base
     layout = f", {base.layout.name} layout" if base.layout else ""
-    lines = [f"base   {base.root}: {base.title}{layout}, {base.form}, {base.nbytes / 1e9:.2f} GB"]
+    lines = [f"base   {base.root}: {base.title}{layout}, {base.form}, {size_text(base.nbytes)}"]
     lines += [_describe_lora(lora) for lora in plan.loras]
     lines.append(f"change {len(plan.patches)} of {len(base.tensors)} tensors")
+    if left := foreign_weights(base):
+        lines.append(f"leave  {', '.join(map(str, left))}: weights beside the transformer's, which would not be fused")
     return "\n".join(lines)
 
 
