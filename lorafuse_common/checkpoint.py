@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import CheckpointError
 from .families import FAMILIES, family_of_class
@@ -43,6 +43,8 @@ class Checkpoint:
     """The pipeline's folder that holds the transformer; None unless `form` is PIPELINE."""
     files: tuple[TensorFile, ...]
     """The weight files: one, or the shards in the order of their names."""
+    index: Path | None
+    """The file that lists the shards, where there are several."""
     tensors: Mapping[str, TensorRef]
     prefix: str
     """What stands before the transformer's own names in the file, mostly nothing."""
@@ -81,7 +83,7 @@ def open_checkpoint(path: Path, component: str | None = None) -> Checkpoint:
         )
     if path.is_file():
         _refuse_component(path, component, "a single file")
-        return _checkpoint(path, Form.FILE, None, (read_header(path),), None)
+        return _checkpoint(path, Form.FILE, None, _Weights((read_header(path),), None), None)
     if (path / "model_index.json").is_file():
         chosen = component or DEFAULT_COMPONENT
         folder = path / chosen
@@ -98,11 +100,14 @@ def _refuse_component(path: Path, component: str | None, what: str) -> None:
         raise CheckpointError(f"{path}: is {what}, so there is no component {component!r} to choose in it")
 
 
-def _checkpoint(
-    root: Path, form: Form, component: str | None, files: tuple[TensorFile, ...], class_name: str | None
-) -> Checkpoint:
+class _Weights(NamedTuple):
+    files: tuple[TensorFile, ...]
+    index: Path | None
+
+
+def _checkpoint(root: Path, form: Form, component: str | None, weights: _Weights, class_name: str | None) -> Checkpoint:
     tensors: dict[str, TensorRef] = {}
-    for file in files:
+    for file in weights.files:
         for name, ref in file.tensors.items():
             if name in tensors:
                 raise CheckpointError(
@@ -118,7 +123,17 @@ def _checkpoint(
     }
     family = found[0] if found else (family_of_class(class_name) if class_name else None)
     return Checkpoint(
-        root, form, component, files, tensors, prefix, modules, class_name, family, found[1] if found else None
+        root=root,
+        form=form,
+        component=component,
+        files=weights.files,
+        index=weights.index,
+        tensors=tensors,
+        prefix=prefix,
+        modules=modules,
+        class_name=class_name,
+        family=family,
+        layout=found[1] if found else None,
     )
 
 
@@ -160,18 +175,18 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return found
 
 
-def _weight_files(folder: Path) -> tuple[TensorFile, ...]:
+def _weight_files(folder: Path) -> _Weights:
     indexes = sorted(folder.glob(f"*{_INDEX_SUFFIX}"))
     loose = sorted(folder.glob("*.safetensors"))
     for stem in _WEIGHTS_STEMS:  # the names that from_pretrained loads win over variants beside them
         if (index := folder / f"{stem}{_INDEX_SUFFIX}") in indexes:
             return _sharded(index)
         if (single := folder / f"{stem}.safetensors") in loose:
-            return (read_header(single),)
+            return _Weights((read_header(single),), None)
     if len(indexes) == 1:
         return _sharded(indexes[0])
     if len(loose) == 1:
-        return (read_header(loose[0]),)
+        return _Weights((read_header(loose[0]),), None)
     if loose or indexes:
         names = [p.name for p in (*indexes, *loose)]
         raise CheckpointError(
@@ -183,7 +198,7 @@ def _weight_files(folder: Path) -> tuple[TensorFile, ...]:
     raise CheckpointError(f"{folder}: no .safetensors weights and no model_index.json in it.{hint}")
 
 
-def _sharded(index: Path) -> tuple[TensorFile, ...]:
+def _sharded(index: Path) -> _Weights:
     weight_map = (read_json(index) or {}).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{index}: expected a 'weight_map' from tensor names to file names")
@@ -204,7 +219,7 @@ def _sharded(index: Path) -> tuple[TensorFile, ...]:
             f"{index}: does not agree with its shards on {len(wrong)} tensors (first: {wrong[0]!r}: "
             f"index says {weight_map.get(wrong[0])}, found in {in_files.get(wrong[0])})"
         )
-    return files
+    return _Weights(files, index)
 
 
 def side_files(checkpoint: Checkpoint) -> tuple[Path, ...]:
@@ -240,8 +255,5 @@ def _other_files(checkpoint: Checkpoint) -> tuple[Path, ...]:
 
 def _is_foreign_weight(checkpoint: Checkpoint, path: Path) -> bool:
     beside = path.parent in (Path(), Path(checkpoint.component or "."))
-    if path.name.endswith(".index.json"):
-        name = path.name.removesuffix(".index.json")
-        stems = {file.path.name.split("-0")[0] for file in checkpoint.files}  # "model" of "model-00001-of-00002..."
-        return beside and name.removesuffix(".safetensors") not in stems
-    return beside and path.suffix in _WEIGHT_SUFFIXES
+    is_weight = path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(_INDEX_SUFFIX)
+    return beside and is_weight and checkpoint.root / path != checkpoint.index
