@@ -102,7 +102,7 @@ def _refuse_component(path: Path, component: str | None, what: str) -> None:
 
 class _Weights(NamedTuple):
     files: tuple[TensorFile, ...]
-    index: Path | None
+    listed_by: Path | None
 
 
 def _checkpoint(root: Path, form: Form, component: str | None, weights: _Weights, class_name: str | None) -> Checkpoint:
@@ -127,7 +127,7 @@ def _checkpoint(root: Path, form: Form, component: str | None, weights: _Weights
         form=form,
         component=component,
         files=weights.files,
-        index=weights.index,
+        index=weights.listed_by,
         tensors=tensors,
         prefix=prefix,
         modules=modules,
