@@ -1,0 +1,42 @@
+"""A fused checkpoint and a dataset to train on, and trainings through the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from train import tiny
+
+import lorafuse_fuse.cli
+from lorafuse_train import cli
+
+
+def save_world(root: Path) -> Path:
+    """`base`, `lightning.safetensors`, `fused` with a 2-step schedule, and `data` of two sizes."""
+    tiny.save_pipeline(root / "base")
+    tiny.save_lightning(root / "lightning.safetensors")
+    lora = str(root / "lightning.safetensors")
+    arguments = ["fuse", str(root / "base"), "--lora", lora, "--schedule", "1,0.6", "--out", str(root / "fused")]
+    lorafuse_fuse.cli.app(arguments, standalone_mode=False)
+    tiny.save_dataset(root / "data", ((32, 32), (32, 32), (32, 24), (32, 32), (32, 24), (32, 32)))
+    return root
+
+
+def run(world: Path, out: Path, *more: str, fused: str = "fused", **options: Any) -> Path:
+    """Train with options that suit a tiny model; `options` replace or extend them."""
+    chosen: dict[str, Any] = {
+        "fused_model": world / fused,
+        "dataset_base_path": world / "data",
+        "output_path": out,
+        "lora_rank": 4,
+        "learning_rate": 0.01,
+        "lr_warmup_steps": 0,
+        "max_train_steps": 3,
+        "train_batch_size": 2,
+        "validation_prompt": "a red circle",
+        "validation_inference_steps": 2,
+        **options,
+    }
+    arguments = [part for name, value in chosen.items() if value is not None for part in (f"--{name}", str(value))]
+    cli.app(["train", *arguments, *more], standalone_mode=False)
+    return out

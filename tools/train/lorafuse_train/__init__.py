@@ -1,0 +1,1 @@
+"""Train a new LoRA on a fused diffusion-transformer checkpoint."""

@@ -1,0 +1,71 @@
+"""Latents and text embeddings on disk, each under the hash of everything it was computed from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save, save_file
+from torch import Tensor
+
+from .atomic import write_atomically
+
+LATENTS, TEXT = "latents", "text"
+LAYOUT = 1
+"""Raised when the files below `root` change their form."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """A store whose keys are content: nothing in it can be stale, and trainings of one dataset share it."""
+
+    root: Path
+    vae_sha256: str
+    """Of the VAE's files."""
+    text_sha256: str
+    """Of the text encoder's and the tokenizer's files."""
+    recipe: str
+    """Family and version of the recipe that encodes."""
+
+    def latents(self, picture_sha256: str, size: tuple[int, int]) -> Path:
+        """Where the latents of a picture lie that trains at `size` (height, width)."""
+        return self._path(LATENTS, self.vae_sha256, picture_sha256, list(size))
+
+    def text(self, caption: str) -> Path:
+        """Where the embeddings of a caption lie."""
+        return self._path(TEXT, self.text_sha256, caption)
+
+    def _path(self, kind: str, *origin: object) -> Path:
+        key = hashlib.sha256(json.dumps([LAYOUT, kind, self.recipe, *origin]).encode()).hexdigest()
+        return self.root / kind / key[:2] / f"{key}.safetensors"
+
+
+def store(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write one entry with a digest of its content."""
+    plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    digest = _digest(plain)
+    write_atomically(path, lambda file: save_file(plain, file, {"sha256": digest}))
+
+
+def load(path: Path) -> dict[str, Tensor]:
+    """Read one entry that `intact` has found good."""
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping, has no __iter__
+
+
+def intact(path: Path) -> bool:
+    """Whether an entry is there and holds what was written; a damaged one is as good as absent."""
+    try:
+        with safe_open(path, "pt") as file:
+            said = (file.metadata() or {}).get("sha256")
+        return said == _digest(load(path))
+    except (OSError, SafetensorError):
+        return False
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    return hashlib.sha256(save(dict(tensors))).hexdigest()
