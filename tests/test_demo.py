@@ -40,8 +40,8 @@ def fused(tmp_path_factory: pytest.TempPathFactory) -> Make:
 @pytest.mark.parametrize("loras", [{LIGHTNING: 1.0}, {NIGHT: 1.0}, {LIGHTNING: 1.0, NIGHT: 0.8}], ids=len)
 def test_equals_diffusers_own_fuse(fused: Make, loras: dict[Path, float]) -> None:
     """The same weights as `load_lora_weights` + `fuse_lora` in fp32, after one rounding to bf16."""
-    ours = DiffusionPipeline.from_pretrained(fused(loras), torch_dtype=torch.bfloat16).transformer.state_dict()
-    pipeline = DiffusionPipeline.from_pretrained(BASE, torch_dtype=torch.float32)
+    ours = DiffusionPipeline.from_pretrained(fused(loras), dtype=torch.bfloat16).transformer.state_dict()
+    pipeline = DiffusionPipeline.from_pretrained(BASE, dtype=torch.float32)
     for path, strength in loras.items():
         pipeline.load_lora_weights(str(path))
         pipeline.fuse_lora(lora_scale=strength)
@@ -73,8 +73,8 @@ def test_standard_layout() -> None:
 
 def test_the_fused_base_draws_in_two_steps_what_the_base_draws_in_many(fused: Make) -> None:
     """From the same noise, the fused base at 2 steps comes much nearer to 16 guided steps than the base does."""
-    base = DiffusionPipeline.from_pretrained(BASE, torch_dtype=torch.float32)
-    quick = DiffusionPipeline.from_pretrained(fused({LIGHTNING: 1.0}), torch_dtype=torch.float32)
+    base = DiffusionPipeline.from_pretrained(BASE, dtype=torch.float32)
+    quick = DiffusionPipeline.from_pretrained(fused({LIGHTNING: 1.0}), dtype=torch.float32)
 
     def draw(pipeline: DiffusionPipeline, steps: int, scale: float) -> torch.Tensor:
         pipeline.set_progress_bar_config(disable=True)

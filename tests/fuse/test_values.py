@@ -85,7 +85,7 @@ def test_dtypes_and_shards(tmp_path: Path, dtype: torch.dtype, sharded: bool) ->
     untouched = set(weights(base)) - {f"{m}.weight" for m in MODULES}
     before, after = weights(base), weights(out)
     assert all(torch.equal(before[name], after[name]) for name in untouched)
-    loaded = QwenImageTransformer2DModel.from_pretrained(out, torch_dtype=dtype)
+    loaded = QwenImageTransformer2DModel.from_pretrained(out, dtype=dtype)
     assert all(torch.equal(value, after[name]) for name, value in loaded.state_dict().items())
 
 

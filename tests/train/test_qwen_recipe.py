@@ -133,7 +133,7 @@ def test_packing_is_undone_by_unpacking() -> None:
 def test_bf16_weights_keep_latents_and_predictions_in_fp32(folder: Path, pipeline: Any) -> None:
     from diffusers import QwenImageTransformer2DModel
 
-    half = QwenImageTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.bfloat16)
+    half = QwenImageTransformer2DModel.from_pretrained(folder / "transformer", dtype=torch.bfloat16)
     x, sigma = torch.randn(1, *LATENT, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5])
     caption = RECIPE.collate([{"embeds": torch.randn(4, 16, generator=torch.Generator().manual_seed(1))}])
     with torch.no_grad():

@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import textwrap
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +54,7 @@ def effect(out: Path, world: Path) -> torch.Tensor:
 def picture_of(printed: str) -> Any:
     """Run the code that a training prints at its end."""
     scope: dict[str, Any] = {}
-    with warnings.catch_warnings():
-        # `torch_dtype` is what every diffusers since 0.36 understands; the newest would rather be told `dtype`.
-        warnings.simplefilter("ignore", FutureWarning)
-        exec(textwrap.dedent(printed.split("use it:\n")[1]), scope)
+    exec(textwrap.dedent(printed.split("use it:\n")[1]), scope)
     return scope["image"]
 
 
@@ -207,7 +203,7 @@ def test_it_learns_one_picture(world: Path, tmp_path: Path) -> None:
 def test_bf16_base_and_bare_transformer_folder(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from diffusers import QwenImageTransformer2DModel
 
-    half = QwenImageTransformer2DModel.from_pretrained(world / "fused" / "transformer", torch_dtype=torch.bfloat16)
+    half = QwenImageTransformer2DModel.from_pretrained(world / "fused" / "transformer", dtype=torch.bfloat16)
     half.save_pretrained(tmp_path / "half")
     with pytest.raises(CheckpointError, match="--pretrained_model_name_or_path"):
         run(tmp_path, tmp_path / "out", "--allow_unfused_base", fused="half", dataset_base_path=world / "data")

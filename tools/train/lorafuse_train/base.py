@@ -197,5 +197,5 @@ def load_transformer(base: Base, folder: Path, device: torch.device) -> Any:
     """The frozen transformer of `folder`, in the base's precision, on `device`."""
     import diffusers
 
-    transformer = getattr(diffusers, base.config["_class_name"]).from_pretrained(folder, torch_dtype=base.dtype)
+    transformer = getattr(diffusers, base.config["_class_name"]).from_pretrained(folder, dtype=base.dtype)
     return transformer.requires_grad_(False).to(device)

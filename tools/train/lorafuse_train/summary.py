@@ -82,11 +82,11 @@ def usage(plan: Plan, schedule: Schedule, size: tuple[int, int]) -> list[str]:
     if base.pipeline != base.folder:
         name = base.config["_class_name"]
         imports += f", {name}"
-        transformer = f', transformer={name}.from_pretrained("{base.folder}", torch_dtype={base.dtype})'
+        transformer = f', transformer={name}.from_pretrained("{base.folder}", dtype={base.dtype})'
     steps = f"num_inference_steps={len(schedule.sigmas)}"
     lines = [
         f"import torch; from diffusers import {imports}",
-        f'pipe = DiffusionPipeline.from_pretrained("{base.pipeline}", torch_dtype={base.dtype}{transformer})',
+        f'pipe = DiffusionPipeline.from_pretrained("{base.pipeline}", dtype={base.dtype}{transformer})',
         f'pipe.load_lora_weights("{plan.config.output_path}", weight_name="{FILE_NAME}")',
     ]
     if few:

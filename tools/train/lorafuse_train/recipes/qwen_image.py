@@ -40,7 +40,7 @@ class QwenImage:
 
     def load_vae(self, pipeline: Path, device: torch.device) -> nn.Module:
         """In fp32 whatever it is stored in: it is small, and what it encodes is kept for all trainings."""
-        vae = AutoencoderKLQwenImage.from_pretrained(pipeline / "vae", torch_dtype=torch.float32)
+        vae = AutoencoderKLQwenImage.from_pretrained(pipeline / "vae", dtype=torch.float32)
         return vae.to(device).eval()  # type: ignore[no-any-return]  # diffusers is untyped
 
     @torch.no_grad()
