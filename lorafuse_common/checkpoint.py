@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from .errors import CheckpointError
 from .families import FAMILIES, family_of_class
 from .manifest import MANIFEST_NAME
-from .naming import Family, Layout, identify, pattern_of
+from .naming import Family, Layout, identify
 from .tensorfile import TensorFile, TensorRef, read_header
 
 DEFAULT_COMPONENT = "transformer"
@@ -146,7 +146,7 @@ def identify_prefix(
         names = [n.removeprefix(prefix).removesuffix(".weight") for n in tensors if n.startswith(prefix)]
         found = identify(names, FAMILIES, class_name)
         if found:
-            explained = len(found[1].patterns & {pattern_of(name) for name in names})
+            explained = found[1].explained(names)
             if best is None or explained > best[0]:
                 best = (explained, prefix, found)
     return (best[1], best[2]) if best else None

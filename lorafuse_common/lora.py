@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from .algebras import UNSUPPORTED
+from .crossing import Namespace
 from .dialects import DIALECTS, Dialect, split_key
 from .errors import CheckpointError, LoraFileError
 from .families import FAMILIES
-from .naming import Family, Layout, candidates
+from .naming import Family, Layout, Parts, candidates
 from .scale import AdapterConfig, read_adapter_config
 from .tensorfile import TensorFile, TensorRef, is_scalar, read_header, read_scalar
 
@@ -109,36 +111,50 @@ class Match:
     """Which of a base's modules a LoRA's stems mean."""
 
     dialect: Dialect
-    targets: Mapping[str, str]
-    """Stem -> module name in the base; stems that no module answers to are absent."""
+    layout: str | None
+    """The layout of the LoRA's names."""
+    targets: Mapping[str, Target]
+    """By stem; stems that no module answers to are absent."""
 
 
-def match_lora(lora: LoraFile, base_modules: Collection[str]) -> Match:
-    """Spell every module of the base in every dialect, and take the dialect in which the most stems are found.
+class Target(NamedTuple):
+    """A module as its layout names it, and what its rows are."""
 
-    Dialects that find the same modules are told apart by the suffixes the file uses.
+    module: str
+    parts: Parts
+
+
+def match_lora(lora: LoraFile, namespaces: Sequence[Namespace]) -> Match:
+    """Spell every module of every layout in every dialect, and take the pair in which the most stems are found.
+
+    Pairs that find the same modules are told apart by the suffixes the file uses; the base's own layout comes first.
 
     Raises:
-        LoraFileError: two dialects find equally many but different modules.
+        LoraFileError: two pairs find equally many but different modules.
     """
     stems = {module.stem for module in lora.modules}
     found = []
     for dialect in DIALECTS:
-        spelled: dict[str, list[str]] = {}
-        for module in base_modules:
-            stem = dialect.spell(module)
-            if stem in stems:
-                spelled.setdefault(stem, []).append(module)
-        targets = {stem: modules[0] for stem, modules in spelled.items() if len(modules) == 1}
-        found.append((len(targets), _style(lora, dialect), dialect, targets))
+        style = _style(lora, dialect)
+        for namespace in namespaces:
+            spelled: dict[str, list[Target]] = {}
+            for module, its in namespace.modules.items():
+                if (stem := dialect.spell(module)) in stems:
+                    spelled.setdefault(stem, []).append(Target(module, its))
+            targets = {stem: answers[0] for stem, answers in spelled.items() if len(answers) == 1}
+            found.append((len(targets), style, Match(dialect, namespace.layout, targets)))
     most = max(found, key=lambda row: row[:2])
-    rivals = [row for row in found if row[0] == most[0] and row[3] != most[3]]
+    rivals = [match for count, _, match in found if count == most[0] and _parts(match) != _parts(most[2])]
     if most[0] and rivals:
         raise LoraFileError(
-            f"{lora.path}: could be {most[2].name} or {rivals[0][2].name}: "
+            f"{lora.path}: could be {most[2].dialect.name} or {rivals[0].dialect.name}: "
             f"both find {most[0]} modules, but different ones"
         )
-    return Match(most[2], most[3])
+    return most[2]
+
+
+def _parts(match: Match) -> dict[str, Parts]:
+    return {stem: target.parts for stem, target in match.targets.items()}
 
 
 def _style(lora: LoraFile, dialect: Dialect) -> tuple[int, int]:

@@ -1,4 +1,10 @@
-"""Architectures as data: which modules a diffusion transformer has, and how each layout names them."""
+"""Architectures as data: which modules a diffusion transformer has, how each layout names them, which rows they share.
+
+A layout maps a module to its *parts* in order, each a name that all layouts share (diffusers' module, or half of one).
+FLUX's `single_blocks.{}.linear1` is `(to_q, to_k, to_v, proj_mlp)` with shares `(1, 1, 1, 4)`; `final_layer.adaLN` is
+`(shift, scale)` where diffusers' `norm_out.linear` is `(scale, shift)`. Fused, split and swapped weights are then one
+rule: find the rows of each part.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +14,63 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
+class Parts:
+    """What the rows of one module are, from the first to the last."""
+
+    names: tuple[str, ...]
+    shares: tuple[int, ...]
+    """How the rows divide among them: `(1, 1, 1, 4)`."""
+
+    def rows(self, total: int) -> tuple[tuple[str, int, int], ...] | None:
+        """(part, first row, count) for a weight of `total` rows; None where they do not divide so."""
+        whole = sum(self.shares)
+        if total % whole:
+            return None
+        found, first = [], 0
+        for name, share in zip(self.names, self.shares, strict=True):
+            found.append((name, first, total // whole * share))
+            first += total // whole * share
+        return tuple(found)
+
+
+def parts(*names: str, shares: tuple[int, ...] = ()) -> Parts:
+    """Parts of equal share, or of the shares given."""
+    return Parts(names, shares or (1,) * len(names))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Layout:
     """One way to name the modules of an architecture."""
 
     name: str
     """`diffusers` or `original` (which ComfyUI also uses)."""
-    modules: tuple[str, ...]
-    """Templates of the modules a LoRA can change; `{}` stands for a block number."""
+    modules: Mapping[str, Parts]
+    """Module -> parts. In both, `{}` stands for a block number, `{last}` for the last one."""
 
-    @property
-    def patterns(self) -> frozenset[str]:
-        """The templates in the form `pattern_of` gives, for counting how many names they explain."""
-        return frozenset(pattern_of(module) for module in self.modules)
+    def explained(self, modules: Iterable[str]) -> int:
+        """How many of this layout's modules occur among `modules`, whatever their dialect's separators."""
+        own = {pattern_of(re.sub(r"\{\w*\}", "#", module)) for module in self.modules}
+        return len(own & {pattern for module in modules for pattern in (pattern_of(module), _blanked(module))})
+
+    def expand(self, blocks: int) -> dict[str, Parts]:
+        """Every module's own name -> its parts, for a model whose highest block number is `blocks - 1`."""
+        found: dict[str, Parts] = {}
+        for module, its in self.modules.items():
+            numbers = range(blocks) if "{}" in module else (blocks - 1,)
+            for number in numbers:
+                own, *its_names = (
+                    text.replace("{}", str(number)).replace("{last}", str(number)) for text in (module, *its.names)
+                )
+                found[own] = Parts(tuple(its_names), its.shares)
+        return found
 
 
-@dataclass(frozen=True, slots=True)
+def names(*modules: str) -> dict[str, Parts]:
+    """Modules that are their own only part, for a layout's table."""
+    return {module: parts(module) for module in modules}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Family:
     """One architecture, such as Qwen-Image."""
 
@@ -42,30 +90,35 @@ class Family:
 
 
 def pattern_of(name: str) -> str:
-    """A name with numbers blanked and separators equal: `blocks.0.attn.to_q` and `blocks_7_attn_to_q` agree.
+    """A name with one separator for both: `blocks.0.attn.to_q` and `blocks_0_attn_to_q` agree.
 
     For recognising families only. Which module a LoRA means is always looked up among the base's own names.
     """
-    return "_".join("#" if word.isdigit() or word == "{}" else word for word in re.split(r"[._]", name))
+    return name.replace(".", "_")
+
+
+def _blanked(name: str) -> str:
+    """The pattern with its first number, which may be a block's, as `#`."""
+    return re.sub(r"(?<=_)\d+(?=_|$)", "#", pattern_of(name), count=1)
 
 
 def candidates(
-    names: Iterable[str], families: Collection[Family], class_name: str | None = None
+    modules: Iterable[str], families: Collection[Family], class_name: str | None = None
 ) -> tuple[tuple[Family, Layout], ...]:
-    """The families and layouts whose templates explain the most of `names` (module names), all that tie.
+    """The families and layouts that explain the most of `modules`, all that tie.
 
     Where `class_name` (from a `config.json`) is given, only its own family is considered.
     """
+    found = tuple(modules)
     named = [family for family in families if class_name is None or class_name in family.transformer_classes]
-    patterns = {pattern_of(name) for name in names}
-    scored = [(len(patterns & layout.patterns), family, layout) for family in named for layout in family.layouts]
+    scored = [(layout.explained(found), family, layout) for family in named for layout in family.layouts]
     best = max((score for score, _, _ in scored), default=0)
     return tuple((family, layout) for score, family, layout in scored if score == best > 0)
 
 
 def identify(
-    names: Iterable[str], families: Collection[Family], class_name: str | None = None
+    modules: Iterable[str], families: Collection[Family], class_name: str | None = None
 ) -> tuple[Family, Layout] | None:
     """The one family and layout that `candidates` finds; None where there are none or several."""
-    found = candidates(names, families, class_name)
+    found = candidates(modules, families, class_name)
     return found[0] if len(found) == 1 else None

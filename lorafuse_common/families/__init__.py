@@ -4,10 +4,12 @@ from collections.abc import Iterable
 
 from lorafuse_common.naming import Family, pattern_of
 
+from .chroma import CHROMA
 from .flux import FLUX
 from .flux2 import FLUX2
 from .hunyuan_video import HUNYUAN_VIDEO
 from .ltx_video import LTX_VIDEO
+from .lumina2 import LUMINA2
 from .qwen_image import QWEN_IMAGE
 from .sd3 import SD3
 from .wan import WAN
@@ -22,6 +24,8 @@ FAMILIES: tuple[Family, ...] = (
     SD3,
     HUNYUAN_VIDEO,
     LTX_VIDEO,
+    CHROMA,
+    LUMINA2,
 )
 
 
@@ -43,7 +47,7 @@ def family_of_suffixes(suffixes: Iterable[str]) -> Family | None:
     wanted = {f"_{pattern_of(suffix)}" for suffix in suffixes}
     scores = {
         family.name: max(
-            sum(any(f"_{pattern}".endswith(want) for pattern in layout.patterns) for want in wanted)
+            sum(any(f"_{pattern_of(module)}".endswith(want) for module in layout.modules) for want in wanted)
             for layout in family.layouts
         )
         for family in FAMILIES

@@ -1,10 +1,10 @@
 """FLUX.1 (dev, schnell, Kontext)."""
 
-from lorafuse_common.naming import Family, Layout
+from lorafuse_common.naming import Family, Layout, names, parts
 
 DIFFUSERS = Layout(
     "diffusers",
-    (
+    names(
         "x_embedder",
         "context_embedder",
         "time_text_embed.timestep_embedder.linear_1",
@@ -33,46 +33,57 @@ DIFFUSERS = Layout(
         "single_transformer_blocks.{}.attn.to_q",
         "single_transformer_blocks.{}.attn.to_k",
         "single_transformer_blocks.{}.attn.to_v",
-        "norm_out.linear",
         "proj_out",
-    ),
+    )
+    | {
+        "norm_out.linear": parts("norm_out.linear.scale", "norm_out.linear.shift"),
+    },
 )
 
 ORIGINAL = Layout(
     "original",
-    (
-        "img_in",
-        "txt_in",
-        "time_in.in_layer",
-        "time_in.out_layer",
-        "vector_in.in_layer",
-        "vector_in.out_layer",
-        "guidance_in.in_layer",
-        "guidance_in.out_layer",
-        "double_blocks.{}.img_attn.qkv",
-        "double_blocks.{}.img_attn.proj",
-        "double_blocks.{}.img_mlp.0",
-        "double_blocks.{}.img_mlp.2",
-        "double_blocks.{}.txt_attn.qkv",
-        "double_blocks.{}.txt_attn.proj",
-        "double_blocks.{}.txt_mlp.0",
-        "double_blocks.{}.txt_mlp.2",
-        "double_blocks.{}.img_mod.lin",
-        "double_blocks.{}.txt_mod.lin",
-        "single_blocks.{}.linear1",
-        "single_blocks.{}.linear2",
-        "single_blocks.{}.modulation.lin",
-        "final_layer.linear",
-        "final_layer.adaLN_modulation.1",
-    ),
+    {
+        "img_in": parts("x_embedder"),
+        "txt_in": parts("context_embedder"),
+        "time_in.in_layer": parts("time_text_embed.timestep_embedder.linear_1"),
+        "time_in.out_layer": parts("time_text_embed.timestep_embedder.linear_2"),
+        "vector_in.in_layer": parts("time_text_embed.text_embedder.linear_1"),
+        "vector_in.out_layer": parts("time_text_embed.text_embedder.linear_2"),
+        "guidance_in.in_layer": parts("time_text_embed.guidance_embedder.linear_1"),
+        "guidance_in.out_layer": parts("time_text_embed.guidance_embedder.linear_2"),
+        "double_blocks.{}.img_attn.qkv": parts(
+            "transformer_blocks.{}.attn.to_q", "transformer_blocks.{}.attn.to_k", "transformer_blocks.{}.attn.to_v"
+        ),
+        "double_blocks.{}.img_attn.proj": parts("transformer_blocks.{}.attn.to_out.0"),
+        "double_blocks.{}.img_mlp.0": parts("transformer_blocks.{}.ff.net.0.proj"),
+        "double_blocks.{}.img_mlp.2": parts("transformer_blocks.{}.ff.net.2"),
+        "double_blocks.{}.txt_attn.qkv": parts(
+            "transformer_blocks.{}.attn.add_q_proj",
+            "transformer_blocks.{}.attn.add_k_proj",
+            "transformer_blocks.{}.attn.add_v_proj",
+        ),
+        "double_blocks.{}.txt_attn.proj": parts("transformer_blocks.{}.attn.to_add_out"),
+        "double_blocks.{}.txt_mlp.0": parts("transformer_blocks.{}.ff_context.net.0.proj"),
+        "double_blocks.{}.txt_mlp.2": parts("transformer_blocks.{}.ff_context.net.2"),
+        "double_blocks.{}.img_mod.lin": parts("transformer_blocks.{}.norm1.linear"),
+        "double_blocks.{}.txt_mod.lin": parts("transformer_blocks.{}.norm1_context.linear"),
+        "single_blocks.{}.linear1": parts(
+            "single_transformer_blocks.{}.attn.to_q",
+            "single_transformer_blocks.{}.attn.to_k",
+            "single_transformer_blocks.{}.attn.to_v",
+            "single_transformer_blocks.{}.proj_mlp",
+            shares=(1, 1, 1, 4),
+        ),
+        "single_blocks.{}.linear2": parts("single_transformer_blocks.{}.proj_out"),
+        "single_blocks.{}.modulation.lin": parts("single_transformer_blocks.{}.norm.linear"),
+        "final_layer.linear": parts("proj_out"),
+        "final_layer.adaLN_modulation.1": parts("norm_out.linear.shift", "norm_out.linear.scale"),
+    },
 )
 
 FLUX = Family(
     name="flux",
     title="FLUX.1",
     transformer_classes=("FluxTransformer2DModel",),
-    layouts=(
-        DIFFUSERS,
-        ORIGINAL,
-    ),
+    layouts=(DIFFUSERS, ORIGINAL),
 )

@@ -1,10 +1,10 @@
 """FLUX.2 (dev, klein)."""
 
-from lorafuse_common.naming import Family, Layout
+from lorafuse_common.naming import Family, Layout, names, parts
 
 DIFFUSERS = Layout(
     "diffusers",
-    (
+    names(
         "time_guidance_embed.timestep_embedder.linear_1",
         "time_guidance_embed.timestep_embedder.linear_2",
         "time_guidance_embed.guidance_embedder.linear_1",
@@ -28,45 +28,50 @@ DIFFUSERS = Layout(
         "transformer_blocks.{}.ff_context.linear_out",
         "single_transformer_blocks.{}.attn.to_qkv_mlp_proj",
         "single_transformer_blocks.{}.attn.to_out",
-        "norm_out.linear",
         "proj_out",
-    ),
+    )
+    | {
+        "norm_out.linear": parts("norm_out.linear.scale", "norm_out.linear.shift"),
+    },
 )
 
 ORIGINAL = Layout(
     "original",
-    (
-        "img_in",
-        "txt_in",
-        "time_in.in_layer",
-        "time_in.out_layer",
-        "guidance_in.in_layer",
-        "guidance_in.out_layer",
-        "double_stream_modulation_img.lin",
-        "double_stream_modulation_txt.lin",
-        "single_stream_modulation.lin",
-        "double_blocks.{}.img_attn.qkv",
-        "double_blocks.{}.img_attn.proj",
-        "double_blocks.{}.img_mlp.0",
-        "double_blocks.{}.img_mlp.2",
-        "double_blocks.{}.txt_attn.qkv",
-        "double_blocks.{}.txt_attn.proj",
-        "double_blocks.{}.txt_mlp.0",
-        "double_blocks.{}.txt_mlp.2",
-        "single_blocks.{}.linear1",
-        "single_blocks.{}.linear2",
-        "final_layer.linear",
-        "final_layer.adaLN_modulation.1",
-    ),
+    {
+        "img_in": parts("x_embedder"),
+        "txt_in": parts("context_embedder"),
+        "time_in.in_layer": parts("time_guidance_embed.timestep_embedder.linear_1"),
+        "time_in.out_layer": parts("time_guidance_embed.timestep_embedder.linear_2"),
+        "guidance_in.in_layer": parts("time_guidance_embed.guidance_embedder.linear_1"),
+        "guidance_in.out_layer": parts("time_guidance_embed.guidance_embedder.linear_2"),
+        "double_blocks.{}.img_attn.qkv": parts(
+            "transformer_blocks.{}.attn.to_q", "transformer_blocks.{}.attn.to_k", "transformer_blocks.{}.attn.to_v"
+        ),
+        "double_blocks.{}.img_attn.proj": parts("transformer_blocks.{}.attn.to_out.0"),
+        "double_blocks.{}.img_mlp.0": parts("transformer_blocks.{}.ff.linear_in"),
+        "double_blocks.{}.img_mlp.2": parts("transformer_blocks.{}.ff.linear_out"),
+        "double_blocks.{}.txt_attn.qkv": parts(
+            "transformer_blocks.{}.attn.add_q_proj",
+            "transformer_blocks.{}.attn.add_k_proj",
+            "transformer_blocks.{}.attn.add_v_proj",
+        ),
+        "double_blocks.{}.txt_attn.proj": parts("transformer_blocks.{}.attn.to_add_out"),
+        "double_blocks.{}.txt_mlp.0": parts("transformer_blocks.{}.ff_context.linear_in"),
+        "double_blocks.{}.txt_mlp.2": parts("transformer_blocks.{}.ff_context.linear_out"),
+        "double_stream_modulation_img.lin": parts("double_stream_modulation_img.linear"),
+        "double_stream_modulation_txt.lin": parts("double_stream_modulation_txt.linear"),
+        "single_stream_modulation.lin": parts("single_stream_modulation.linear"),
+        "single_blocks.{}.linear1": parts("single_transformer_blocks.{}.attn.to_qkv_mlp_proj"),
+        "single_blocks.{}.linear2": parts("single_transformer_blocks.{}.attn.to_out"),
+        "final_layer.linear": parts("proj_out"),
+        "final_layer.adaLN_modulation.1": parts("norm_out.linear.shift", "norm_out.linear.scale"),
+    },
 )
 
 FLUX2 = Family(
     name="flux2",
     title="FLUX.2",
     transformer_classes=("Flux2Transformer2DModel",),
-    layouts=(
-        DIFFUSERS,
-        ORIGINAL,
-    ),
+    layouts=(DIFFUSERS, ORIGINAL),
     widths={6144: "dev", 3072: "klein 4B", 4096: "klein 9B"},
 )

@@ -1,10 +1,10 @@
 """HunyuanVideo."""
 
-from lorafuse_common.naming import Family, Layout
+from lorafuse_common.naming import Family, Layout, names, parts
 
 DIFFUSERS = Layout(
     "diffusers",
-    (
+    names(
         "x_embedder.proj",
         "context_embedder.proj_in",
         "context_embedder.time_text_embed.timestep_embedder.linear_1",
@@ -44,51 +44,78 @@ DIFFUSERS = Layout(
         "single_transformer_blocks.{}.attn.to_q",
         "single_transformer_blocks.{}.attn.to_k",
         "single_transformer_blocks.{}.attn.to_v",
-        "norm_out.linear",
         "proj_out",
-    ),
+    )
+    | {
+        "norm_out.linear": parts("norm_out.linear.scale", "norm_out.linear.shift"),
+    },
 )
 
 ORIGINAL = Layout(
     "original",
-    (
-        "img_in.proj",
-        "txt_in.input_embedder",
-        "time_in.mlp.0",
-        "time_in.mlp.2",
-        "vector_in.in_layer",
-        "vector_in.out_layer",
-        "guidance_in.mlp.0",
-        "guidance_in.mlp.2",
-        "txt_in.individual_token_refiner.blocks.{}.self_attn_qkv",
-        "txt_in.individual_token_refiner.blocks.{}.self_attn_proj",
-        "txt_in.individual_token_refiner.blocks.{}.mlp.fc1",
-        "txt_in.individual_token_refiner.blocks.{}.mlp.fc2",
-        "txt_in.individual_token_refiner.blocks.{}.adaLN_modulation.1",
-        "double_blocks.{}.img_attn_qkv",
-        "double_blocks.{}.img_attn_proj",
-        "double_blocks.{}.img_mlp.fc1",
-        "double_blocks.{}.img_mlp.fc2",
-        "double_blocks.{}.img_mod.linear",
-        "double_blocks.{}.txt_attn_qkv",
-        "double_blocks.{}.txt_attn_proj",
-        "double_blocks.{}.txt_mlp.fc1",
-        "double_blocks.{}.txt_mlp.fc2",
-        "double_blocks.{}.txt_mod.linear",
-        "single_blocks.{}.linear1",
-        "single_blocks.{}.linear2",
-        "single_blocks.{}.modulation.linear",
-        "final_layer.linear",
-        "final_layer.adaLN_modulation.1",
-    ),
+    {
+        "img_in.proj": parts("x_embedder.proj"),
+        "txt_in.input_embedder": parts("context_embedder.proj_in"),
+        "txt_in.t_embedder.mlp.0": parts("context_embedder.time_text_embed.timestep_embedder.linear_1"),
+        "txt_in.t_embedder.mlp.2": parts("context_embedder.time_text_embed.timestep_embedder.linear_2"),
+        "txt_in.c_embedder.linear_1": parts("context_embedder.time_text_embed.text_embedder.linear_1"),
+        "txt_in.c_embedder.linear_2": parts("context_embedder.time_text_embed.text_embedder.linear_2"),
+        "txt_in.individual_token_refiner.blocks.{}.self_attn_qkv": parts(
+            "context_embedder.token_refiner.refiner_blocks.{}.attn.to_q",
+            "context_embedder.token_refiner.refiner_blocks.{}.attn.to_k",
+            "context_embedder.token_refiner.refiner_blocks.{}.attn.to_v",
+        ),
+        "txt_in.individual_token_refiner.blocks.{}.self_attn_proj": parts(
+            "context_embedder.token_refiner.refiner_blocks.{}.attn.to_out.0"
+        ),
+        "txt_in.individual_token_refiner.blocks.{}.mlp.fc1": parts(
+            "context_embedder.token_refiner.refiner_blocks.{}.ff.net.0.proj"
+        ),
+        "txt_in.individual_token_refiner.blocks.{}.mlp.fc2": parts(
+            "context_embedder.token_refiner.refiner_blocks.{}.ff.net.2"
+        ),
+        "txt_in.individual_token_refiner.blocks.{}.adaLN_modulation.1": parts(
+            "context_embedder.token_refiner.refiner_blocks.{}.norm_out.linear"
+        ),
+        "time_in.mlp.0": parts("time_text_embed.timestep_embedder.linear_1"),
+        "time_in.mlp.2": parts("time_text_embed.timestep_embedder.linear_2"),
+        "vector_in.in_layer": parts("time_text_embed.text_embedder.linear_1"),
+        "vector_in.out_layer": parts("time_text_embed.text_embedder.linear_2"),
+        "guidance_in.mlp.0": parts("time_text_embed.guidance_embedder.linear_1"),
+        "guidance_in.mlp.2": parts("time_text_embed.guidance_embedder.linear_2"),
+        "double_blocks.{}.img_attn_qkv": parts(
+            "transformer_blocks.{}.attn.to_q", "transformer_blocks.{}.attn.to_k", "transformer_blocks.{}.attn.to_v"
+        ),
+        "double_blocks.{}.img_attn_proj": parts("transformer_blocks.{}.attn.to_out.0"),
+        "double_blocks.{}.img_mlp.fc1": parts("transformer_blocks.{}.ff.net.0.proj"),
+        "double_blocks.{}.img_mlp.fc2": parts("transformer_blocks.{}.ff.net.2"),
+        "double_blocks.{}.img_mod.linear": parts("transformer_blocks.{}.norm1.linear"),
+        "double_blocks.{}.txt_attn_qkv": parts(
+            "transformer_blocks.{}.attn.add_q_proj",
+            "transformer_blocks.{}.attn.add_k_proj",
+            "transformer_blocks.{}.attn.add_v_proj",
+        ),
+        "double_blocks.{}.txt_attn_proj": parts("transformer_blocks.{}.attn.to_add_out"),
+        "double_blocks.{}.txt_mlp.fc1": parts("transformer_blocks.{}.ff_context.net.0.proj"),
+        "double_blocks.{}.txt_mlp.fc2": parts("transformer_blocks.{}.ff_context.net.2"),
+        "double_blocks.{}.txt_mod.linear": parts("transformer_blocks.{}.norm1_context.linear"),
+        "single_blocks.{}.linear1": parts(
+            "single_transformer_blocks.{}.attn.to_q",
+            "single_transformer_blocks.{}.attn.to_k",
+            "single_transformer_blocks.{}.attn.to_v",
+            "single_transformer_blocks.{}.proj_mlp",
+            shares=(1, 1, 1, 4),
+        ),
+        "single_blocks.{}.linear2": parts("single_transformer_blocks.{}.proj_out"),
+        "single_blocks.{}.modulation.linear": parts("single_transformer_blocks.{}.norm.linear"),
+        "final_layer.linear": parts("proj_out"),
+        "final_layer.adaLN_modulation.1": parts("norm_out.linear.shift", "norm_out.linear.scale"),
+    },
 )
 
 HUNYUAN_VIDEO = Family(
     name="hunyuan_video",
     title="HunyuanVideo",
     transformer_classes=("HunyuanVideoTransformer3DModel",),
-    layouts=(
-        DIFFUSERS,
-        ORIGINAL,
-    ),
+    layouts=(DIFFUSERS, ORIGINAL),
 )

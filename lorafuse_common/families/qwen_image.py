@@ -1,10 +1,10 @@
 """Qwen-Image and its Edit versions; the original layout has the same names."""
 
-from lorafuse_common.naming import Family, Layout
+from lorafuse_common.naming import Family, Layout, names
 
 DIFFUSERS = Layout(
     "diffusers",
-    (
+    names(
         "img_in",
         "txt_in",
         "time_text_embed.timestep_embedder.linear_1",

@@ -13,7 +13,7 @@ from conftest import ROOT
 
 from lorafuse_common.dialects import DIALECTS, Dialect, split_key
 from lorafuse_common.families import FAMILIES, family_named, family_of_suffixes
-from lorafuse_common.naming import Family, candidates, identify, pattern_of
+from lorafuse_common.naming import Family, candidates, identify
 
 LISTINGS = ROOT.parent / "shared" / "lora_keys"
 OPTIONS: dict[str, dict[str, object]] = {
@@ -23,29 +23,34 @@ OPTIONS: dict[str, dict[str, object]] = {
 }
 
 
-def linear_patterns(family: Family) -> set[str]:
-    """The patterns of every Linear and Conv module of the family's first class, built without weights."""
+def linear_modules(family: Family) -> set[str]:
+    """The names of every Linear and Conv module of the family's first class, built without weights."""
     with torch.device("meta"):
         model = getattr(diffusers, family.transformer_classes[0])(**OPTIONS.get(family.name, {}))
     kinds = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Conv3d)
-    return {pattern_of(name) for name, module in model.named_modules() if isinstance(module, kinds)}
+    return {name for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_diffusers_layout_is_diffusers(family: Family) -> None:
-    layout = next(layout for layout in family.layouts if layout.name == "diffusers")
-    assert layout.patterns == linear_patterns(family)
+    modules = linear_modules(family)
+    blocks = 1 + max(int(n) for name in modules for n in re.findall(r"\.(\d+)\.", name))
+    diffusers_layout, *others = family.layouts
+    assert modules <= set(diffusers_layout.expand(blocks))
+    assert diffusers_layout.explained(modules) == diffusers_layout.explained(diffusers_layout.expand(blocks))
+    parts = {part for its in diffusers_layout.modules.values() for part in its.names}
+    assert all({part for its in layout.modules.values() for part in its.names} == parts for layout in others)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_families_are_told_apart_by_all_their_names(family: Family) -> None:
     for layout in family.layouts:
-        assert identify([module.format(3) for module in layout.modules], FAMILIES) == (family, layout)
+        assert identify(layout.expand(3), FAMILIES) == (family, layout)
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f.lora_targets], ids=lambda family: family.name)
 def test_presets_name_modules(family: Family) -> None:
-    names = [module.format(1) for module in family.layouts[0].modules]
+    names = list(family.layouts[0].expand(2))
     for suffix in family.lora_targets:
         assert any(name.endswith(f".{suffix}") for name in names), suffix
     for template in family.idle_modules:

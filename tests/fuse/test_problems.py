@@ -141,10 +141,8 @@ def test_fp8_weights_are_not_edited(tmp_path: Path) -> None:
     ("tensors", "cause"),
     [
         ({"blocks.0.self_attn.q": (48, 48), "blocks.0.ffn.0": (48, 48)}, "are Wan names; the base is Qwen-Image"),
-        (
-            {"double_blocks.0.img_attn.qkv": (48, 48)},
-            "are FLUX.1 or FLUX.2 or HunyuanVideo names; the base is Qwen-Image",
-        ),
+        ({"double_blocks.0.img_mod.lin": (48, 48)}, "are FLUX.1 names; the base is Qwen-Image"),
+        ({"double_blocks.0.img_attn.qkv": (48, 48)}, "are Chroma or FLUX.1 or FLUX.2 or HunyuanVideo names"),
         ({TO_Q: (3072, 3072)}, "shapes are of a model of width 3072; the base is of width 48"),
     ],
 )
@@ -165,15 +163,6 @@ def test_sizes_of_a_family_have_names(tmp_path: Path) -> None:
     write_lora(tmp_path / "x.safetensors", factors, COMFY)
     plan = plan_fuse(open_checkpoint(tmp_path / "model.safetensors"), [LoraRequest(tmp_path / "x.safetensors")])
     assert plan.loras[0].cause == "this LoRA's shapes are of the 14B model; the base is 1.3B"
-
-
-def test_the_other_layout_is_named(tmp_path: Path) -> None:
-    names = {f"blocks.0.{m}.weight": (48, 48) for m in ("attn1.to_q", "attn2.to_k", "ffn.net.2")}
-    write_sparse(tmp_path / "model.safetensors", names)
-    factors = {f"blocks.0.{m}": (torch.randn(4, 48), torch.randn(48, 4)) for m in ("self_attn.q", "cross_attn.k")}
-    write_lora(tmp_path / "x.safetensors", factors, KOHYA)
-    plan = plan_fuse(open_checkpoint(tmp_path / "model.safetensors"), [LoraRequest(tmp_path / "x.safetensors")])
-    assert plan.loras[0].cause and "original names; the base is in its diffusers layout" in plan.loras[0].cause
 
 
 def test_flat_names_are_looked_up_not_guessed(tmp_path: Path) -> None:

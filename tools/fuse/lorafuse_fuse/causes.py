@@ -14,11 +14,6 @@ def likely_cause(lora: LoraFile, base: Checkpoint) -> str | None:
     titles = sorted({family.title for family, _ in found})
     if found and base.family and base.family not in [family for family, _ in found]:
         return f"this LoRA's modules are {' or '.join(titles)} names; the base is {base.title}"
-    if found and base.layout and base.layout not in [layout for _, layout in found]:
-        return (
-            f"this LoRA has {titles[0]}'s {found[0][1].name} names; the base is in its {base.layout.name} layout, "
-            "and fusing across layouts is not supported yet"
-        )
     width, base_width = common_width(lora), _base_width(base)
     if width and base_width and width != base_width:
         sizes = dict(base.family.widths) if base.family else {}

@@ -37,7 +37,8 @@ def check_factors(plan: FusePlan) -> tuple[Problem, ...]:
     """Read every factor once, before anything is written: NaN, Inf, and LoRAs that were never trained."""
     problems = []
     trained = dict.fromkeys((str(lora.request.path) for lora in plan.loras if lora.applied), False)
-    for patch in (patch for patches in plan.patches.values() for patch in patches):
+    modules = {(patch.lora, patch.module.stem): patch for patches in plan.patches.values() for patch in patches}
+    for patch in modules.values():
         factors = [read_tensor(ref) for ref in patch.module.factors.values()]
         if not all(bool(torch.isfinite(factor).all()) for factor in factors):
             problems.append(
@@ -148,10 +149,20 @@ def _edit(stream: _Stream, ref: TensorRef, patches: Sequence[Patch]) -> TensorCh
         weight = torch.frombuffer(block, dtype=dtype).view(stop - start, columns)
         delta = adder.zeros(stop - start)
         for patch, tensors in zip(patches, factors, strict=True):
-            patch.algebra.delta_rows(tensors, start, stop, delta, patch.factor)
+            _add_rows(patch, tensors, start, delta)
         adder.add(weight, delta)
         stream.write(block)
     return adder.change(ref)
+
+
+def _add_rows(patch: Patch, factors: Mapping[str, torch.Tensor], start: int, delta: torch.Tensor) -> None:
+    """Add what a patch has for the rows of the weight that `delta` holds, from row `start` on."""
+    for run in patch.runs:
+        first, last = max(start, run.first), min(start + len(delta), run.first + run.rows)
+        if first < last:
+            shift = run.delta_first - run.first
+            part = delta[first - start : last - start]
+            patch.algebra.delta_rows(factors, first + shift, last + shift, part, patch.factor)
 
 
 class _Adder:

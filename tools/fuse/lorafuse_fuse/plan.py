@@ -7,9 +7,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
+from typing import NamedTuple
 
 from lorafuse_common.algebras import UNSUPPORTED, Algebra, algebra_of
 from lorafuse_common.checkpoint import Checkpoint
+from lorafuse_common.crossing import Atlas, Run, runs_of, survey, target_shape
 from lorafuse_common.errors import LoraFileError
 from lorafuse_common.lora import LoraFile, LoraModule, Match, is_other_component, match_lora, read_lora
 from lorafuse_common.scale import ScaleConflictError, resolve_scale
@@ -65,6 +67,8 @@ class Patch:
     algebra: Algebra
     factor: float
     """Strength times scale: what the delta is multiplied by."""
+    runs: tuple[Run, ...]
+    """Which rows of the delta go where in the tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +78,8 @@ class LoraPlan:
     request: LoraRequest
     dialect: str | None
     """None where the file could not be read as a LoRA."""
+    layout: str | None
+    """The layout of its names."""
     scale: str
     """Where the scale came from, and its values."""
     modules: int
@@ -101,8 +107,9 @@ def plan_fuse(base: Checkpoint, requests: Sequence[LoraRequest]) -> FusePlan:
     """Look every module of every LoRA up in the base; nothing is written and no factor is read."""
     patches: dict[str, list[Patch]] = {}
     plans, problems = [], []
+    atlas = survey(base)
     for request in requests:
-        plan, found, faults = _plan_lora(base, request)
+        plan, found, faults = _plan_lora(base, atlas, request)
         plans.append(plan)
         problems += faults
         for tensor, patch in found:
@@ -135,36 +142,43 @@ def without_damaged(plan: FusePlan, problems: Sequence[Problem]) -> FusePlan:
     return replace(plan, loras=loras, patches={name: patches for name, patches in kept.items() if patches})
 
 
-def _plan_lora(base: Checkpoint, request: LoraRequest) -> tuple[LoraPlan, list[tuple[str, Patch]], list[Problem]]:
+def _plan_lora(
+    base: Checkpoint, atlas: Atlas, request: LoraRequest
+) -> tuple[LoraPlan, list[tuple[str, Patch]], list[Problem]]:
     name = str(request.path)
     try:
         lora = read_lora(request.path)
-        match = match_lora(lora, base.modules)
+        match = match_lora(lora, atlas.namespaces)
     except LoraFileError as error:
         problem = Problem(ProblemKind.NOT_A_LORA, name, str(request.path), str(error))
-        return LoraPlan(request, None, "", 0, 0, {}, {}, None), [], [problem]
+        return LoraPlan(request, None, None, "", 0, 0, {}, {}, None), [], [problem]
     problems = [Problem(ProblemKind.UNREAD_KEY, name, key, "its suffix is not known") for key in lora.unread]
     problems += [
         Problem(ProblemKind.DUPLICATE_KEY, name, key, "its module has this factor already") for key in lora.duplicates
     ]
-    patches, scales = [], Counter[str]()
+    patches: list[tuple[str, Patch]] = []
+    scales, applied = Counter[str](), 0
     for module in lora.modules:
-        planned = _plan_module(base, lora, match, module, request.strength)
+        planned = _plan_module(base, atlas, lora, match, module)
         if isinstance(planned, Problem):
             problems.append(planned)
-        else:
-            tensor, patch, source = planned
-            patches.append((tensor, patch))
-            scales[f"{source} = {patch.factor / request.strength:g}" if request.strength else source] += 1
+            continue
+        applied += 1
+        scales[f"{planned.source} = {planned.scale:g}"] += 1
+        for weight in dict.fromkeys(run.weight.name for run in planned.runs):
+            runs = tuple(run for run in planned.runs if run.weight.name == weight)
+            factor = request.strength * planned.scale
+            patches.append((weight, Patch(name, module, planned.algebra, factor, runs)))
     if not patches or request.strength == 0:
         why = "its strength is 0" if patches else f"none of its {len(lora.modules)} modules can be applied"
         problems.append(Problem(ProblemKind.NO_EFFECT, name, str(request.path), why))
     plan = LoraPlan(
         request=request,
         dialect=match.dialect.name,
+        layout=match.layout,
         scale=_describe_scales(scales),
         modules=sum(_is_ours(module, match) for module in lora.modules),
-        applied=len(patches),
+        applied=applied,
         ignored=dict(Counter(p.kind.value for p in problems if p.kind is not ProblemKind.NO_EFFECT)),
         metadata=lora.source.metadata,
         cause=likely_cause(lora, base) if problems else None,
@@ -181,10 +195,15 @@ def _describe_scales(scales: Counter[str]) -> str:
     return ", ".join(common) + (f" and {len(scales) - 3} more" if len(scales) > 3 else "")
 
 
-def _plan_module(
-    base: Checkpoint, lora: LoraFile, match: Match, module: LoraModule, strength: float
-) -> tuple[str, Patch, str] | Problem:
-    """The tensor, patch and scale source of one module, or why there is none."""
+class _Fitted(NamedTuple):
+    algebra: Algebra
+    runs: tuple[Run, ...]
+    scale: float
+    source: str
+
+
+def _plan_module(base: Checkpoint, atlas: Atlas, lora: LoraFile, match: Match, module: LoraModule) -> _Fitted | Problem:
+    """How one module is applied, or why it cannot be."""
 
     def problem(kind: ProblemKind, detail: str) -> Problem:
         return Problem(kind, str(lora.path), module.stem, detail)
@@ -198,17 +217,20 @@ def _plan_module(
     if algebra is None or (lora.config and lora.config.unfusable):
         return _no_algebra(problem, module, lora)
     shapes = {role: ref.shape for role, ref in module.factors.items()}
-    weight = base.modules[target]
-    if misfit := algebra.misfit(shapes, weight.shape):
-        return problem(ProblemKind.SHAPE_MISMATCH, misfit)
-    for ref in (weight, *module.factors.values()):
+    shape = target_shape(target.parts, atlas)
+    if shape is None:
+        return problem(ProblemKind.NO_SUCH_MODULE, f"the base lacks a part of it: {', '.join(target.parts.names)}")
+    runs = runs_of(target.parts, shape[0], atlas)
+    if (misfit := algebra.misfit(shapes, shape)) or runs is None:
+        return problem(ProblemKind.SHAPE_MISMATCH, misfit or f"its parts {target.parts.names} have other sizes")
+    for ref in (*(run.weight for run in runs), *module.factors.values()):
         if ref.dtype not in FLOAT_DTYPES:
-            return problem(ProblemKind.UNEDITABLE_DTYPE, _dtype_fault(ref.dtype, ref is weight))
+            return problem(ProblemKind.UNEDITABLE_DTYPE, _dtype_fault(ref.dtype, ref not in module.factors.values()))
     try:
-        scale, source = resolve_scale(target, algebra.rank(shapes), module.alpha, lora.config)
+        scale, source = resolve_scale(target.module, algebra.rank(shapes), module.alpha, lora.config)
     except ScaleConflictError as error:
         return problem(ProblemKind.SCALE_CONFLICT, str(error))
-    return weight.name, Patch(str(lora.path), module, algebra, strength * scale), source
+    return _Fitted(algebra, runs, scale, source)
 
 
 def _no_algebra(problem: Callable[[ProblemKind, str], Problem], module: LoraModule, lora: LoraFile) -> Problem:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lorafuse_common.checkpoint import foreign_weights
+from lorafuse_common.checkpoint import Checkpoint, foreign_weights
 from lorafuse_common.manifest import Manifest
 
 from .plan import FusePlan, LoraPlan, Problem, ProblemKind
@@ -56,17 +56,18 @@ def describe_plan(plan: FusePlan) -> str:
     base = plan.base
     layout = f", {base.layout.name} layout" if base.layout else ""
     lines = [f"base   {base.root}: {base.title}{layout}, {base.form}, {size_text(base.nbytes)}"]
-    lines += [_describe_lora(lora) for lora in plan.loras]
+    lines += [_describe_lora(lora, base) for lora in plan.loras]
     lines.append(f"change {len(plan.patches)} of {len(base.tensors)} tensors")
     if left := foreign_weights(base):
         lines.append(f"leave  {', '.join(map(str, left))}: weights beside the transformer's, which would not be fused")
     return "\n".join(lines)
 
 
-def _describe_lora(lora: LoraPlan) -> str:
+def _describe_lora(lora: LoraPlan, base: Checkpoint) -> str:
+    names = f", {lora.layout} names" if base.layout and lora.layout != base.layout.name else ""
     passed = "".join(f", {count} x {kind} not applied" for kind, count in lora.ignored.items())
     return (
-        f"lora   {lora.request.path.name}: {lora.dialect}, strength {lora.request.strength:g}, "
+        f"lora   {lora.request.path.name}: {lora.dialect}{names}, strength {lora.request.strength:g}, "
         f"scale {lora.scale or '-'}, {lora.applied} of {lora.modules} modules{passed}"
     )
 
