@@ -30,7 +30,7 @@ def publish(out: Path, *, replace: bool = False) -> Iterator[Path]:
     except OSError as error:
         raise OutputError(f"{out}: cannot be created: {error.strerror}") from error
     try:
-        staging.chmod(0o777 & ~_umask())  # mkdtemp makes it private; the result is an ordinary folder
+        staging.chmod(0o777 & ~umask())  # mkdtemp makes it private; the result is an ordinary folder
         yield staging
         _sync_tree(staging)
         _swap(staging, out)
@@ -54,7 +54,8 @@ def _swap(staging: Path, out: Path) -> None:
     _sync(out.parent)
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The permission bits that this process takes away from new files."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

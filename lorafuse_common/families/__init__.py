@@ -5,11 +5,14 @@ from collections.abc import Iterable
 from lorafuse_common.naming import Family, pattern_of
 
 from .chroma import CHROMA
+from .cosmos import COSMOS
 from .flux import FLUX
 from .flux2 import FLUX2
 from .hunyuan_video import HUNYUAN_VIDEO
+from .krea2 import KREA2
 from .ltx_video import LTX_VIDEO
 from .lumina2 import LUMINA2
+from .mochi import MOCHI
 from .qwen_image import QWEN_IMAGE
 from .sd3 import SD3
 from .wan import WAN
@@ -26,6 +29,9 @@ FAMILIES: tuple[Family, ...] = (
     LTX_VIDEO,
     CHROMA,
     LUMINA2,
+    COSMOS,
+    KREA2,
+    MOCHI,
 )
 
 

@@ -38,16 +38,20 @@ SMALL: Mapping[str, Mapping[str, object]] = {
     "ltx_video": {"num_layers": 2},
     "chroma": {"num_layers": 2, "num_single_layers": 2},
     "lumina2": {"hidden_size": 2304, "num_layers": 2, "num_attention_heads": 24, "num_kv_heads": 8},
+    "cosmos": {"num_layers": 2, "text_embed_dim": 1024, "adaln_lora_dim": 256},
+    "krea2": {"num_layers": 2},
+    "mochi": {},
 }
-BLOCKS = 2
+BLOCKS: Mapping[str, int] = {"mochi": 48}
+"""The blocks of the model, where they are not two: diffusers' converter for Mochi counts to 48."""
 
 
 def part_rows(family: Family) -> dict[str, int]:
-    """The rows of every part that the family's diffusers model has, at real width and two blocks."""
+    """The rows of every part that the family's diffusers model has, at real width."""
     with torch.device("meta"):
         model = getattr(diffusers, family.transformer_classes[0])(**SMALL[family.name])
     shapes = {name.removesuffix(".weight"): tuple(v.shape) for name, v in model.state_dict().items()}
-    table = family.layouts[0].expand(BLOCKS)
+    table = family.layouts[0].expand(blocks(family))
     return {
         part: count
         for module, its in table.items()
@@ -56,9 +60,14 @@ def part_rows(family: Family) -> dict[str, int]:
     }
 
 
-def module_rows(layout: Layout, rows: Mapping[str, int]) -> dict[str, int]:
+def blocks(family: Family) -> int:
+    """How many blocks the family's model has here."""
+    return BLOCKS.get(family.name, 2)
+
+
+def module_rows(family: Family, layout: Layout, rows: Mapping[str, int]) -> dict[str, int]:
     """The rows of every module of a layout whose parts all exist."""
-    table = layout.expand(BLOCKS)
+    table = layout.expand(blocks(family))
     return {m: sum(rows[part] for part in its.names) for m, its in table.items() if all(p in rows for p in its.names)}
 
 
@@ -103,14 +112,14 @@ def test_fusing_commutes_with_diffusers_conversion(tmp_path: Path, family: Famil
     rows = part_rows(family)
     diffusers_layout, original_layout = family.layouts
     weights: dict[str, torch.Tensor] = {}
-    for module, count in module_rows(original_layout, rows).items():
+    for module, count in module_rows(family, original_layout, rows).items():
         weights |= {f"{module}.weight": column(module, count), f"{module}.bias": column(f"bias {module}", count)[:, 0]}
     original = write_base(tmp_path / "original.safetensors", weights)
     converted = write_base(tmp_path / "converted.safetensors", convert(family, weights))
     assert (original.layout, converted.layout) == (original_layout, diffusers_layout)
-    assert {f"{m}.weight" for m in module_rows(diffusers_layout, rows)} <= set(converted.tensors)
+    assert {f"{m}.weight" for m in module_rows(family, diffusers_layout, rows)} <= set(converted.tensors)
     for layout, dialects in [(diffusers_layout, [DIFFUSERS]), (original_layout, [COMFY, KOHYA])]:
-        modules = module_rows(layout, rows).items()
+        modules = module_rows(family, layout, rows).items()
         factors = {module: (torch.full((1, 1), 2.0), column(f"up {module}", count)) for module, count in modules}
         for dialect in dialects:
             lora = write_lora(tmp_path / f"{layout.name}.{dialect.name}.safetensors", factors, dialect)

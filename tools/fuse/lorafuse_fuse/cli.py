@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -118,7 +119,8 @@ def _announce(result: Any, out: Path) -> dict[str, Any]:
         _say(f"{out} is up to date: same base, LoRAs and strengths")
     else:
         _say(describe_result(result.manifest, result.seconds))
-        _say(f"wrote {out}; next: lorafuse-train train --fused_model {out} --dataset_base_path DIR --output_path DIR")
+        folder = shlex.quote(str(out))
+        _say(f"wrote {out}; next: lorafuse-train train --fused_model {folder} --dataset_base_path DIR --output_path DIR")
     return {
         "seconds": round(result.seconds, 3),
         "up_to_date": result.up_to_date,

@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from lorafuse_common.publish import umask
+
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write` with a temporary sibling and rename it to `path`; any exception, Ctrl-C too, removes it."""
@@ -14,6 +16,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
         write(temporary)
+        temporary.chmod(0o666 & ~umask())  # safetensors makes its files readable by their owner only
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
