@@ -112,12 +112,16 @@ def _unfusable(raw: Mapping[str, Any]) -> str | None:
     return None
 
 
-def resolve_scale(module: str, rank: int, alpha: float | None, config: AdapterConfig | None) -> tuple[float, str]:
-    """The scale of one module (its name as in the base) and where it came from.
+def resolve_scale(
+    module: str, rank: int | None, alpha: float | None, config: AdapterConfig | None
+) -> tuple[float, str]:
+    """The scale of one module (its name as in its layout) and where it came from; `rank` None takes no alpha.
 
     Raises:
         ScaleConflictError: alpha is not a positive number, or two sources disagree.
     """
+    if rank is None:
+        return 1.0, "1 (full factors)"
     if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
         raise ScaleConflictError(f"alpha is {alpha}; expected a positive number")
     if config is None:

@@ -3,14 +3,14 @@
 from collections.abc import Collection
 
 from .algebra import Algebra
+from .loha import LOHA
+from .lokr import LOKR
 from .lora import LORA
 
-ALGEBRAS: tuple[Algebra, ...] = (LORA,)
+ALGEBRAS: tuple[Algebra, ...] = (LORA, LOHA, LOKR)
 
 UNSUPPORTED = {
     "magnitude": "DoRA",
-    "lokr": "LoKr",
-    "loha": "LoHa",
     "mid": "LoCon with a Tucker core",
     "up_bias": "LoRA with a bias (lora_bias)",
     "diff": "a full weight difference (.diff)",
@@ -31,8 +31,7 @@ UNSUPPORTED = {
 
 def algebra_of(roles: Collection[str]) -> Algebra | None:
     """The one update rule that these roles make complete; None where none does."""
-    found = set(roles)
-    return next((a for a in ALGEBRAS if a.required <= found <= a.required | a.optional), None)
+    return next((algebra for algebra in ALGEBRAS if algebra.claims(frozenset(roles))), None)
 
 
 __all__ = ["ALGEBRAS", "UNSUPPORTED", "Algebra", "algebra_of"]

@@ -1,8 +1,8 @@
-"""What an update rule is: which factors it needs, what shapes they take, and the delta they make."""
+"""What an update rule is: which factors it needs, what shapes they take, and the rows of the delta they make."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -19,18 +19,12 @@ class Algebra(Protocol):
         """`lora`."""
         ...
 
-    @property
-    def required(self) -> frozenset[str]:
-        """The roles it cannot do without."""
+    def claims(self, roles: Set[str]) -> bool:
+        """Whether a module with exactly these roles is complete under this rule."""
         ...
 
-    @property
-    def optional(self) -> frozenset[str]:
-        """The roles it may have besides."""
-        ...
-
-    def rank(self, shapes: Mapping[str, Shape]) -> int:
-        """The rank that alpha is divided by."""
+    def rank(self, shapes: Mapping[str, Shape]) -> int | None:
+        """The rank that alpha is divided by; None where the rule takes no notice of alpha."""
         ...
 
     def misfit(self, shapes: Mapping[str, Shape], base: Shape) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,8 +18,10 @@ class Lora:
     """`down` is A `(r, in, *kernel)`, `up` is B `(out, r, 1...)`; a linear pair also fits a convolution by count."""
 
     name: str = "lora"
-    required: frozenset[str] = frozenset({"down", "up"})
-    optional: frozenset[str] = frozenset({"alpha"})
+
+    def claims(self, roles: Set[str]) -> bool:
+        """Both factors, with or without alpha."""
+        return roles - {"alpha"} == {"down", "up"}
 
     def rank(self, shapes: Mapping[str, Shape]) -> int:
         """The rows of A."""

@@ -61,17 +61,16 @@ _SUFFIXES = {
 }
 """Every known suffix -> role, whichever tool wrote it; one file may mix several styles."""
 
-_PATTERNS = (
+_PATTERNS: tuple[tuple[re.Pattern[str], str | None], ...] = (
     (re.compile(r"\.lora_A(\.[^.]+)??(\.weight)?$"), "down"),
     (re.compile(r"\.lora_B(\.[^.]+)??(\.weight)?$"), "up"),
     (re.compile(r"\.lora_B(\.[^.]+)??\.bias$"), "up_bias"),
     (re.compile(r"\.lora_magnitude_vector(\.[^.]+)??(\.weight)?$"), "magnitude"),
-    (re.compile(r"\.(lokr_(?:w1|w2)(?:_[ab])?|lokr_t2)(\.[^.]+)?$"), "lokr"),
-    (re.compile(r"\.(hada_w[12]_[ab]|hada_t[12])(\.[^.]+)?$"), "loha"),
+    (re.compile(r"\.(?P<role>lokr_w[12](?:_[ab])?|lokr_t2|hada_w[12]_[ab]|hada_t[12])(\.[^.]+)?$"), None),
     (re.compile(r"\.oft_R(\.[^.]+)?\.(weight|scaled_oft)$"), "oft_R"),
     (re.compile(r"\.(a1|a2|b1|b2|bm)\.weight$"), "glora"),
 )
-"""The suffixes that carry an adapter's name or a number."""
+"""The suffixes that carry an adapter's name, with their role; None where the suffix spells the role itself."""
 
 
 def split_key(key: str) -> tuple[str, str] | None:
@@ -79,8 +78,8 @@ def split_key(key: str) -> tuple[str, str] | None:
     for suffix, role in _SUFFIXES.items():
         if key.endswith(suffix) and len(key) > len(suffix):
             return key.removesuffix(suffix), role
-    for pattern, role in _PATTERNS:
+    for pattern, named in _PATTERNS:
         match = pattern.search(key)
         if match and match.start() > 0:
-            return key[: match.start()], role
+            return key[: match.start()], named or match["role"]
     return None

@@ -120,7 +120,9 @@ def _announce(result: Any, out: Path) -> dict[str, Any]:
     else:
         _say(describe_result(result.manifest, result.seconds))
         folder = shlex.quote(str(out))
-        _say(f"wrote {out}; next: lorafuse-train train --fused_model {folder} --dataset_base_path DIR --output_path DIR")
+        _say(
+            f"wrote {out}; next: lorafuse-train train --fused_model {folder} --dataset_base_path DIR --output_path DIR"
+        )
     return {
         "seconds": round(result.seconds, 3),
         "up_to_date": result.up_to_date,

@@ -73,7 +73,7 @@ def _lora_facts(lora: LoraFile) -> dict[str, Any]:
         "modules": len(ours),
         "other_components": len(lora.modules) - len(ours),
         "ranks": dict(Counter(str(rank) for module in ours if (rank := _rank(module)))),
-        "scales": dict(Counter(_scale(lora, module) for module in ours if _rank(module))),
+        "scales": dict(Counter(_scale(lora, module) for module in ours if algebra_of(module.roles))),
         "unread_keys": len(lora.unread),
         "dtypes": _dtypes(lora.source.tensors),
         "parameters": sum(ref.numel for ref in lora.source.tensors.values()),
@@ -96,7 +96,7 @@ def _rank(module: LoraModule) -> int | None:
 def _scale(lora: LoraFile, module: LoraModule) -> str:
     name = module.stem.removeprefix(guess_dialect(lora).spell(""))
     try:
-        scale, source = resolve_scale(name, _rank(module) or 1, module.alpha, lora.config)
+        scale, source = resolve_scale(name, _rank(module), module.alpha, lora.config)
     except ScaleConflictError as error:
         return f"conflict: {error}"
     return f"{source} = {scale:g}"

@@ -1,0 +1,66 @@
+"""LoHa: the Hadamard product of two low-rank matrices (FedPara, arXiv 2108.06098; LyCORIS `modules/loha.py`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .algebra import Shape
+
+if TYPE_CHECKING:
+    import torch
+
+ROLES = frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"})
+CORES = frozenset({"hada_t1", "hada_t2"})
+
+
+@dataclass(frozen=True, slots=True)
+class Loha:
+    """`D = (w1_a @ w1_b) * (w2_a @ w2_b)`; with cores `(r, r, *kernel)`, `w_a` is `(r, out)` and `w_b` `(r, in)`."""
+
+    name: str = "loha"
+
+    def claims(self, roles: Set[str]) -> bool:
+        """All four matrices, with both cores or none."""
+        return roles - {"alpha"} in (ROLES, ROLES | CORES)
+
+    def rank(self, shapes: Mapping[str, Shape]) -> int:
+        """The rows of w1_b."""
+        return shapes["hada_w1_b"][0]
+
+    def misfit(self, shapes: Mapping[str, Shape], base: Shape) -> str | None:
+        """Compare `(out, in)` of both products with the weight's."""
+        for side in ("1", "2"):
+            first, second = shapes[f"hada_w{side}_a"], shapes[f"hada_w{side}_b"]
+            core = shapes.get(f"hada_t{side}")
+            inner = (first[0], second[0]) if core else (first[1], second[0])
+            made = (first[1], second[1] * math.prod(core[2:])) if core else (first[0], second[1])
+            if inner[0] != inner[1] or made != (base[0], math.prod(base[1:])):
+                return (
+                    f"factors {list(first)} and {list(second)}{f' with core {list(core)}' if core else ''} "
+                    f"do not make the base's weight {'x'.join(map(str, base))}"
+                )
+        return None
+
+    def delta_rows(
+        self, factors: Mapping[str, torch.Tensor], start: int, stop: int, out: torch.Tensor, scale: float
+    ) -> None:
+        """`out += scale * D[start:stop]` in fp32."""
+        first, second = (_product(factors, side, start, stop) for side in ("1", "2"))
+        out.addcmul_(first, second, value=scale)
+
+
+def _product(factors: Mapping[str, torch.Tensor], side: str, start: int, stop: int) -> torch.Tensor:
+    import torch
+
+    first, second = factors[f"hada_w{side}_a"], factors[f"hada_w{side}_b"]
+    core = factors.get(f"hada_t{side}")
+    if core is None:
+        return first[start:stop] @ second  # (rows, in)
+    made: torch.Tensor = torch.einsum("ij...,jr,ip->pr...", core, second, first[:, start:stop])  # (rows, in, *kernel)
+    return made.flatten(1)
+
+
+LOHA = Loha()

@@ -1,0 +1,96 @@
+"""LoKr: a Kronecker product, either factor full or low-rank (LyCORIS `modules/lokr.py`, arXiv 2309.14859)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .algebra import Shape
+
+if TYPE_CHECKING:
+    import torch
+
+LEFT = (frozenset({"lokr_w1"}), frozenset({"lokr_w1_a", "lokr_w1_b"}))
+RIGHT = (
+    frozenset({"lokr_w2"}),
+    frozenset({"lokr_w2_a", "lokr_w2_b"}),
+    frozenset({"lokr_t2", "lokr_w2_a", "lokr_w2_b"}),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Lokr:
+    """`D = w1 (x) w2`: w1 `(m, n)` or `w1_a @ w1_b`, w2 `(p, q, *kernel)` or `w2_a @ w2_b` or a Tucker product."""
+
+    name: str = "lokr"
+
+    def claims(self, roles: Set[str]) -> bool:
+        """One form of each factor."""
+        return any(roles - {"alpha"} == left | right for left in LEFT for right in RIGHT)
+
+    def rank(self, shapes: Mapping[str, Shape]) -> int | None:
+        """The rows of w2_b, else of w1_b; with both factors full, alpha means nothing (some write infinity)."""
+        factored = shapes.get("lokr_w2_b") or shapes.get("lokr_w1_b")
+        return factored[0] if factored else None
+
+    def misfit(self, shapes: Mapping[str, Shape], base: Shape) -> str | None:
+        """Compare `(m * p, n * q * kernel)` with the weight's."""
+        left, right = _left_shape(shapes), _right_shape(shapes)
+        if left is None or right is None:
+            return f"the ranks of its factors differ: { ({role: list(shape) for role, shape in shapes.items()}) }"
+        made = (left[0] * right[0], left[1] * math.prod(right[1:]))
+        if made != (base[0], math.prod(base[1:])):
+            return (
+                f"the Kronecker product of {list(left)} and {list(right)} is {made[0]}x{made[1]}, "
+                f"the base's weight {'x'.join(map(str, base))}"
+            )
+        return None
+
+    def delta_rows(
+        self, factors: Mapping[str, torch.Tensor], start: int, stop: int, out: torch.Tensor, scale: float
+    ) -> None:
+        """`out += scale * D[start:stop]`, row `i * p + k` of D being `w1[i] (x) w2[k]`."""
+        import torch
+
+        left, right = _left(factors), _right(factors)
+        rows = torch.arange(start, stop)
+        above, below = left[rows // len(right)], right[rows % len(right)]  # (rows, n), (rows, q, *kernel)
+        out.add_((above.unsqueeze(2) * below.flatten(1).unsqueeze(1)).flatten(1), alpha=scale)
+
+
+def _left_shape(shapes: Mapping[str, Shape]) -> Shape | None:
+    if "lokr_w1" in shapes:
+        return shapes["lokr_w1"]
+    first, second = shapes["lokr_w1_a"], shapes["lokr_w1_b"]
+    return (first[0], second[1]) if first[1] == second[0] else None
+
+
+def _right_shape(shapes: Mapping[str, Shape]) -> Shape | None:
+    if "lokr_w2" in shapes:
+        return shapes["lokr_w2"]
+    first, second = shapes["lokr_w2_a"], shapes["lokr_w2_b"]
+    if "lokr_t2" in shapes:
+        core = shapes["lokr_t2"]
+        return (first[1], second[1], *core[2:]) if core[:2] == (first[0], second[0]) else None
+    return (first[0], *second[1:]) if first[1] == second[0] else None
+
+
+def _left(factors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return factors["lokr_w1"] if "lokr_w1" in factors else factors["lokr_w1_a"] @ factors["lokr_w1_b"]
+
+
+def _right(factors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    import torch
+
+    if "lokr_w2" in factors:
+        return factors["lokr_w2"]
+    first, second = factors["lokr_w2_a"], factors["lokr_w2_b"]
+    if "lokr_t2" in factors:
+        made: torch.Tensor = torch.einsum("ij...,jr,ip->pr...", factors["lokr_t2"], second, first)
+        return made
+    return first @ second.flatten(1)
+
+
+LOKR = Lokr()

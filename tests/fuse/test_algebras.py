@@ -1,0 +1,102 @@
+"""Every update rule against an independent implementation: PEFT's, and LyCORIS' formulas in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoHaConfig, LoKrConfig, PeftConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from lorafuse_common.algebras import ALGEBRAS, algebra_of
+from lorafuse_common.checkpoint import open_checkpoint
+from lorafuse_fuse.fuse import FuseOptions, fuse, require_clean
+from lorafuse_fuse.plan import LoraRequest, ProblemKind, plan_fuse
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+def fused(folder: Path, base: Tensors, lora: Tensors) -> dict[str, torch.Tensor]:
+    save_file({name: value.detach().clone() for name, value in base.items()}, folder / "base.safetensors")
+    save_file({name: value.detach().clone() for name, value in lora.items()}, folder / "lora.safetensors")
+    plan = plan_fuse(open_checkpoint(folder / "base.safetensors"), [LoraRequest(folder / "lora.safetensors", 0.5)])
+    require_clean(plan, ())
+    fuse(plan, FuseOptions(folder / "out"))
+    return load_file(folder / "out" / "base.safetensors")
+
+
+def model() -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(12, 20, bias=False), torch.nn.Conv2d(6, 8, 3, bias=False))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoHaConfig(r=3, alpha=2, target_modules=["0", "1"], init_weights=False),
+        LoHaConfig(r=3, alpha=2, target_modules=["1"], init_weights=False, use_effective_conv2d=True),
+        LoKrConfig(r=2, alpha=3, target_modules=["0"], init_weights=False, decompose_factor=2),
+        LoKrConfig(r=1, alpha=3, target_modules=["1"], init_weights=False, decompose_factor=2),
+        LoKrConfig(r=1, alpha=3, target_modules=["0"], init_weights=False, decompose_both=True, decompose_factor=4),
+        LoKrConfig(r=1, alpha=3, target_modules=["1"], init_weights=False, use_effective_conv2d=True),
+        LoKrConfig(r=64, alpha=64, target_modules=["0", "1"], init_weights=False),
+    ],
+    ids=["loha", "loha-tucker", "lokr", "lokr-conv", "lokr-both", "lokr-tucker", "lokr-full"],
+)
+def test_equals_pefts_delta(tmp_path: Path, config: PeftConfig) -> None:
+    """Where both factors of a LoKr are full, PEFT alone scales by alpha / r: alpha = r there."""
+    base = {name: value.clone() for name, value in model().state_dict().items()}
+    torch.manual_seed(1)
+    tuned = get_peft_model(model(), config)
+    state = {name: value for name, value in tuned.state_dict().items() if "hada_" in name or "lokr_" in name}
+    stems = {name.split(".hada_")[0].split(".lokr_")[0] for name in state}
+    alphas = {f"{stem}.alpha": torch.tensor(float(config.alpha)) for stem in stems}
+    result = fused(tmp_path, base, state | alphas)
+    for stem in stems:
+        name = stem.removeprefix("base_model.model.")
+        delta = tuned.base_model.model.get_submodule(name).get_delta_weight("default")
+        torch.testing.assert_close(result[f"{name}.weight"], base[f"{name}.weight"] + 0.5 * delta)
+        assert delta.abs().max() > 1e-3
+
+
+def test_full_lokr_takes_no_alpha(tmp_path: Path) -> None:
+    """ai-toolkit writes infinity there."""
+    left, right = torch.randn(2, 3), torch.randn(4, 2)
+    lora = {"a.lokr_w1": left, "a.lokr_w2": right, "a.alpha": torch.tensor(float("inf"))}
+    result = fused(tmp_path, {"a.weight": torch.zeros(8, 6)}, lora)
+    torch.testing.assert_close(result["a.weight"], 0.5 * torch.kron(left, right))
+
+
+def test_blocks_of_rows_make_the_whole_delta() -> None:
+    """However a delta is cut into rows, the rows are the same."""
+    factors = {
+        "lora": {"down": torch.randn(2, 6), "up": torch.randn(8, 2)},
+        "loha": {f"hada_w{n}_{s}": torch.randn((8, 2) if s == "a" else (2, 6)) for n in (1, 2) for s in "ab"},
+        "lokr": {"lokr_w1": torch.randn(2, 3), "lokr_w2_a": torch.randn(4, 1), "lokr_w2_b": torch.randn(1, 2)},
+    }
+    for algebra in ALGEBRAS:
+        tensors = factors[algebra.name]
+        assert algebra_of(set(tensors)) is algebra
+        whole, cut = torch.zeros(8, 6), torch.zeros(8, 6)
+        algebra.delta_rows(tensors, 0, 8, whole, 2.0)
+        for start, stop in ((0, 3), (3, 7), (7, 8)):
+            algebra.delta_rows(tensors, start, stop, cut[start:stop], 2.0)
+        torch.testing.assert_close(cut, whole)
+
+
+@pytest.mark.parametrize(
+    "factors",
+    [
+        {"hada_w1_a": (8, 2), "hada_w1_b": (2, 6), "hada_w2_a": (8, 2), "hada_w2_b": (2, 5)},
+        {"lokr_w1": (2, 3), "lokr_w2": (4, 3)},
+        {"lokr_w1_a": (2, 1), "lokr_w1_b": (2, 3), "lokr_w2": (4, 2)},
+    ],
+    ids=["loha", "lokr", "lokr-ranks"],
+)
+def test_factors_that_do_not_fit(tmp_path: Path, factors: Mapping[str, tuple[int, int]]) -> None:
+    save_file({"a.weight": torch.zeros(8, 6)}, tmp_path / "base.safetensors")
+    save_file({f"a.{role}": torch.ones(shape) for role, shape in factors.items()}, tmp_path / "lora.safetensors")
+    plan = plan_fuse(open_checkpoint(tmp_path / "base.safetensors"), [LoraRequest(tmp_path / "lora.safetensors")])
+    assert plan.problems[0].kind is ProblemKind.SHAPE_MISMATCH
