@@ -49,7 +49,9 @@ class Checkpoint:
     prefix: str
     """What stands before the transformer's own names in the file, mostly nothing."""
     modules: Mapping[str, TensorRef]
-    """Module name without prefix -> its weight."""
+    """Module name without prefix -> its weight; a bare parameter (`scale_shift_table`) counts as a module."""
+    biases: Mapping[str, TensorRef]
+    """Module name without prefix -> its bias, where it has one."""
     class_name: str | None
     family: Family | None
     layout: Layout | None
@@ -116,11 +118,7 @@ def _checkpoint(root: Path, form: Form, component: str | None, weights: _Weights
             tensors[name] = ref
     known = identify_prefix(tensors, class_name)
     prefix, found = known if known else ("", None)
-    modules = {
-        name.removeprefix(prefix).removesuffix(".weight"): ref
-        for name, ref in tensors.items()
-        if name.startswith(prefix) and name.endswith(".weight")
-    }
+    own = {name.removeprefix(prefix): ref for name, ref in tensors.items() if name.startswith(prefix)}
     family = found[0] if found else (family_of_class(class_name) if class_name else None)
     return Checkpoint(
         root=root,
@@ -130,7 +128,8 @@ def _checkpoint(root: Path, form: Form, component: str | None, weights: _Weights
         index=weights.listed_by,
         tensors=tensors,
         prefix=prefix,
-        modules=modules,
+        modules={name.removesuffix(".weight"): ref for name, ref in own.items() if not name.endswith(".bias")},
+        biases={name.removesuffix(".bias"): ref for name, ref in own.items() if name.endswith(".bias")},
         class_name=class_name,
         family=family,
         layout=found[1] if found else None,

@@ -50,7 +50,8 @@ class Namespace:
 class Atlas:
     """Every part of a base, and every way to name them."""
 
-    places: Mapping[str, Place]
+    places: Mapping[str, Mapping[str, Place]]
+    """`weight` and `bias` -> part -> where it is."""
     namespaces: tuple[Namespace, ...]
     """The base's own names first."""
 
@@ -59,36 +60,39 @@ def survey(base: Checkpoint) -> Atlas:
     """Find every part in a base, and the names that each layout of its family has for them."""
     blocks = 1 + max((int(n) for name in base.modules for n in re.findall(r"(?<=\.)\d+(?=\.)", name)), default=0)
     table = base.layout.expand(blocks) if base.layout else {}
-    own, places = {}, {}
-    for module, weight in base.modules.items():
-        rows = weight.shape[0] if weight.shape else 1
-        its = table.get(module, parts(module))
-        own[module] = its if its.rows(rows) is not None else parts(module)
-        for part, first, count in own[module].rows(rows) or ():
-            places[part] = Place(weight, first, count)
+    own: dict[str, Parts] = {}
+    places: dict[str, dict[str, Place]] = {"weight": {}, "bias": {}}
+    for parameter, tensors in (("weight", base.modules), ("bias", base.biases)):
+        for module, tensor in tensors.items():
+            rows = tensor.shape[0] if tensor.shape else 1
+            its = table.get(module, parts(module))
+            own[module] = its if its.rows(rows) is not None else parts(module)
+            for part, first, count in own[module].rows(rows) or ():
+                places[parameter][part] = Place(tensor, first, count)
     namespaces = [Namespace(base.layout.name if base.layout else None, own)]
     for layout in base.family.layouts if base.family else ():
         if base.layout and layout is not base.layout:
-            found = {m: its for m, its in layout.expand(blocks).items() if any(part in places for part in its.names)}
+            expanded = layout.expand(blocks).items()
+            found = {m: its for m, its in expanded if any(part in places["weight"] for part in its.names)}
             namespaces.append(Namespace(layout.name, found))
     return Atlas(places, tuple(namespaces))
 
 
-def target_shape(its: Parts, atlas: Atlas) -> tuple[int, ...] | None:
-    """The shape of the weight that a module would have in the base; None where a part is missing there."""
-    found = [atlas.places.get(part) for part in its.names]
+def target_shape(its: Parts, places: Mapping[str, Place]) -> tuple[int, ...] | None:
+    """The shape of the weight or bias that a module would have in the base; None where a part is missing there."""
+    found = [places.get(part) for part in its.names]
     present = [place for place in found if place is not None]
     if len(present) < len(found) or len({place.weight.shape[1:] for place in present}) != 1:
         return None
     return (sum(place.rows for place in present), *present[0].weight.shape[1:])
 
 
-def runs_of(its: Parts, rows: int, atlas: Atlas) -> tuple[Run, ...] | None:
+def runs_of(its: Parts, rows: int, places: Mapping[str, Place]) -> tuple[Run, ...] | None:
     """Where the `rows` rows of a module's delta go; None where the parts have other sizes in the base."""
     divided = its.rows(rows)
     runs: list[Run] = []
     for part, delta_first, count in divided or ():
-        place = atlas.places[part]
+        place = places[part]
         if place.rows != count:
             return None
         last = runs[-1] if runs else None

@@ -27,10 +27,12 @@ OTHER_COMPONENT_PREFIXES = (
 
 @dataclass(frozen=True, slots=True)
 class LoraModule:
-    """What a LoRA file holds for one module."""
+    """What a LoRA file holds for the weight or the bias of one module."""
 
     stem: str
     """The module as the file spells it."""
+    parameter: str
+    """`weight` or `bias`."""
     factors: Mapping[str, TensorRef]
     """Role -> tensor, without alpha."""
     alpha: float | None
@@ -71,24 +73,23 @@ def read_lora(path: Path) -> LoraFile:
         source = read_header(path)
     except CheckpointError as error:
         raise LoraFileError(str(error)) from error
-    stems: dict[str, dict[str, TensorRef]] = {}
+    stems: dict[tuple[str, str], dict[str, TensorRef]] = {}
     unread, duplicates = [], []
     for key, ref in source.tensors.items():
         parted = split_key(key)
         if parted is None:
             unread.append(key)
             continue
-        stem, role = parted
-        roles = stems.setdefault(stem, {})
-        if role in roles and role not in UNSUPPORTED:
+        roles = stems.setdefault((parted.stem, parted.parameter), {})
+        if parted.role in roles and parted.role not in UNSUPPORTED:
             duplicates.append(key)
-        roles.setdefault(role, ref)
+        roles.setdefault(parted.role, ref)
     if not any(set(roles) - {"alpha"} for roles in stems.values()):
         raise LoraFileError(
             f"{path}: is no LoRA: none of its {len(source.tensors)} tensors is a LoRA factor"
             f"{f' (first: {unread[0]})' if unread else ''}. A full checkpoint belongs in BASE."
         )
-    modules = tuple(_module(path, stem, roles) for stem, roles in stems.items())
+    modules = tuple(_module(path, stem, parameter, roles) for (stem, parameter), roles in stems.items())
     config = read_adapter_config(path, source.metadata)
     return LoraFile(source, modules, tuple(unread), tuple(duplicates), config)
 
@@ -98,12 +99,12 @@ def _files_in(folder: Path) -> str:
     return f" in it: {', '.join(names[:3])}" if names else ""
 
 
-def _module(path: Path, stem: str, roles: Mapping[str, TensorRef]) -> LoraModule:
+def _module(path: Path, stem: str, parameter: str, roles: Mapping[str, TensorRef]) -> LoraModule:
     alpha = roles.get("alpha")
     if alpha is not None and not is_scalar(alpha):
         raise LoraFileError(f"{path}: {alpha.name} should be one number, is {alpha.dtype} {list(alpha.shape)}")
     factors = {role: ref for role, ref in roles.items() if role != "alpha"}
-    return LoraModule(stem, factors, None if alpha is None else read_scalar(alpha))
+    return LoraModule(stem, parameter, factors, None if alpha is None else read_scalar(alpha))
 
 
 @dataclass(frozen=True, slots=True)

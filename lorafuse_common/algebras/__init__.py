@@ -3,23 +3,19 @@
 from collections.abc import Collection
 
 from .algebra import Algebra
+from .diff import DIFF
 from .loha import LOHA
 from .lokr import LOKR
 from .lora import LORA
 
-ALGEBRAS: tuple[Algebra, ...] = (LORA, LOHA, LOKR)
+ALGEBRAS: tuple[Algebra, ...] = (LORA, LOHA, LOKR, DIFF)
 
 UNSUPPORTED = {
     "magnitude": "DoRA",
     "mid": "LoCon with a Tucker core",
     "up_bias": "LoRA with a bias (lora_bias)",
-    "diff": "a full weight difference (.diff)",
-    "diff_b": "a bias difference (.diff_b)",
-    "diff_m": "a modulation difference (.diff_m)",
     "set_weight": "a weight replacement (.set_weight)",
     "reshape_weight": "a widened weight (.reshape_weight)",
-    "w_norm": "a norm difference (.w_norm)",
-    "b_norm": "a norm difference (.b_norm)",
     "oft_blocks": "OFT",
     "oft_R": "OFT",
     "rescale": "OFT",

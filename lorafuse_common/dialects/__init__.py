@@ -1,7 +1,7 @@
 """The registry of LoRA spellings; a new one is a file here and an entry in `DIALECTS`."""
 
 from .comfy import COMFY
-from .dialect import Dialect, split_key
+from .dialect import Dialect, Key, split_key
 from .diffsynth import DIFFSYNTH
 from .diffusers import DIFFUSERS
 from .kohya import KOHYA
@@ -25,4 +25,4 @@ DIALECTS: tuple[Dialect, ...] = (
     ORIGINAL,
 )
 
-__all__ = ["DIALECTS", "Dialect", "split_key"]
+__all__ = ["DIALECTS", "Dialect", "Key", "split_key"]

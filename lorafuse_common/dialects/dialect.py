@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +50,8 @@ _SUFFIXES = {
     ".dora_scale": "magnitude",
     ".magnitude": "magnitude",
     ".diff": "diff",
-    ".diff_b": "diff_b",
-    ".diff_m": "diff_m",
     ".set_weight": "set_weight",
-    ".w_norm": "w_norm",
-    ".b_norm": "b_norm",
+    ".w_norm": "diff",
     ".reshape_weight": "reshape_weight",
     ".oft_blocks": "oft_blocks",
     ".rescale": "rescale",
@@ -73,13 +71,36 @@ _PATTERNS: tuple[tuple[re.Pattern[str], str | None], ...] = (
 """The suffixes that carry an adapter's name, with their role; None where the suffix spells the role itself."""
 
 
-def split_key(key: str) -> tuple[str, str] | None:
-    """A key's stem (the module as the file spells it) and its role; None where the suffix is unknown."""
+_BIAS_SUFFIXES = {".diff_b": "diff", ".b_norm": "diff"}
+"""Those of a bias -> role."""
+
+_MODULATION_SUFFIX = ".diff_m"
+"""LightX2V's difference of a block's `modulation`, which is a parameter of the block, named like a module of it."""
+
+
+class Key(NamedTuple):
+    """What a key of a LoRA file says."""
+
+    stem: str
+    """The module as the file spells it."""
+    parameter: str
+    """`weight` or `bias`."""
+    role: str
+
+
+def split_key(key: str) -> Key | None:
+    """Which module, parameter and role a key is for; None where its suffix is unknown."""
     for suffix, role in _SUFFIXES.items():
         if key.endswith(suffix) and len(key) > len(suffix):
-            return key.removesuffix(suffix), role
+            return Key(key.removesuffix(suffix), "weight", role)
+    for suffix, role in _BIAS_SUFFIXES.items():
+        if key.endswith(suffix) and len(key) > len(suffix):
+            return Key(key.removesuffix(suffix), "bias", role)
+    if key.endswith(_MODULATION_SUFFIX):
+        block = key.removesuffix(_MODULATION_SUFFIX)
+        return Key(f"{block}{'.' if '.' in block else '_'}modulation", "weight", "diff")
     for pattern, named in _PATTERNS:
         match = pattern.search(key)
         if match and match.start() > 0:
-            return key[: match.start()], named or match["role"]
+            return Key(key[: match.start()], "weight", named or match["role"])
     return None

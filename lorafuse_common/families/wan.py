@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2 (text-to-video, image-to-video, VACE)."""
+"""Wan 2.1 and 2.2 (text-to-video, image-to-video, VACE), with the norms and modulations of LightX2V's full sets."""
 
 from lorafuse_common.naming import Family, Layout, names, parts
 
@@ -26,6 +26,16 @@ DIFFUSERS = Layout(
         "blocks.{}.ffn.net.0.proj",
         "blocks.{}.ffn.net.2",
         "proj_out",
+        "blocks.{}.attn1.norm_q",
+        "blocks.{}.attn1.norm_k",
+        "blocks.{}.attn2.norm_q",
+        "blocks.{}.attn2.norm_k",
+        "blocks.{}.attn2.norm_added_k",
+        "blocks.{}.norm2",
+        "blocks.{}.scale_shift_table",
+        "condition_embedder.image_embedder.norm1",
+        "condition_embedder.image_embedder.norm2",
+        "scale_shift_table",
     ),
 )
 
@@ -53,6 +63,16 @@ ORIGINAL = Layout(
         "blocks.{}.cross_attn.v_img": parts("blocks.{}.attn2.add_v_proj"),
         "blocks.{}.ffn.0": parts("blocks.{}.ffn.net.0.proj"),
         "blocks.{}.ffn.2": parts("blocks.{}.ffn.net.2"),
+        "blocks.{}.self_attn.norm_q": parts("blocks.{}.attn1.norm_q"),
+        "blocks.{}.self_attn.norm_k": parts("blocks.{}.attn1.norm_k"),
+        "blocks.{}.cross_attn.norm_q": parts("blocks.{}.attn2.norm_q"),
+        "blocks.{}.cross_attn.norm_k": parts("blocks.{}.attn2.norm_k"),
+        "blocks.{}.cross_attn.norm_k_img": parts("blocks.{}.attn2.norm_added_k"),
+        "blocks.{}.norm3": parts("blocks.{}.norm2"),
+        "blocks.{}.modulation": parts("blocks.{}.scale_shift_table"),
+        "img_emb.proj.0": parts("condition_embedder.image_embedder.norm1"),
+        "img_emb.proj.4": parts("condition_embedder.image_embedder.norm2"),
+        "head.modulation": parts("scale_shift_table"),
     },
 )
 

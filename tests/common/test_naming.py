@@ -23,21 +23,22 @@ OPTIONS: dict[str, dict[str, object]] = {
 }
 
 
-def linear_modules(family: Family) -> set[str]:
-    """The names of every Linear and Conv module of the family's first class, built without weights."""
+def modules_of(family: Family) -> tuple[set[str], set[str]]:
+    """The Linear and Conv modules of the family's first class, and all that has a parameter; built without weights."""
     with torch.device("meta"):
         model = getattr(diffusers, family.transformer_classes[0])(**OPTIONS.get(family.name, {}))
     kinds = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Conv3d)
-    return {name for name, module in model.named_modules() if isinstance(module, kinds)}
+    everything = {name.removesuffix(".weight").removesuffix(".bias") for name, _ in model.named_parameters()}
+    return {name for name, module in model.named_modules() if isinstance(module, kinds)}, everything
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_diffusers_layout_is_diffusers(family: Family) -> None:
-    modules = linear_modules(family)
-    blocks = 1 + max(int(n) for name in modules for n in re.findall(r"\.(\d+)\.", name))
+    linear, everything = modules_of(family)
+    blocks = 1 + max(int(n) for name in linear for n in re.findall(r"\.(\d+)\.", name))
     diffusers_layout, *others = family.layouts
-    assert modules <= set(diffusers_layout.expand(blocks))
-    assert diffusers_layout.explained(modules) == diffusers_layout.explained(diffusers_layout.expand(blocks))
+    assert linear <= set(diffusers_layout.expand(blocks))
+    assert diffusers_layout.explained(everything) == diffusers_layout.explained(diffusers_layout.expand(blocks))
     parts = {part for its in diffusers_layout.modules.values() for part in its.names}
     assert all({part for its in layout.modules.values() for part in its.names} == parts for layout in others)
 
@@ -73,24 +74,26 @@ def test_shared_names_are_not_claimed_for_one_family() -> None:
 def test_what_a_dialect_writes_is_read_back(dialect: Dialect) -> None:
     module = "transformer_blocks.0.attn.to_out.0"
     for role, suffix in dialect.roles.items():
-        assert split_key(dialect.spell(module) + suffix) == (dialect.spell(module), role)
+        assert split_key(dialect.spell(module) + suffix) == (dialect.spell(module), "weight", role)
 
 
 @pytest.mark.parametrize(
     ("key", "expected"),
     [
-        ("a.b.lora_A.my_adapter.weight", ("a.b", "down")),
-        ("a.b.lora_B", ("a.b", "up")),
-        ("a.b.lora_B.default.bias", ("a.b", "up_bias")),
-        ("a.b_lora.up.weight", ("a.b", "up")),
-        ("a.b.lora_magnitude_vector.default.weight", ("a.b", "magnitude")),
-        ("a.b.lokr_w2_a", ("a.b", "lokr_w2_a")),
-        ("a.b.hada_t1.default", ("a.b", "hada_t1")),
+        ("a.b.lora_A.my_adapter.weight", ("a.b", "weight", "down")),
+        ("a.b.lora_B", ("a.b", "weight", "up")),
+        ("a.b.lora_B.default.bias", ("a.b", "weight", "up_bias")),
+        ("a.b_lora.up.weight", ("a.b", "weight", "up")),
+        ("a.b.lora_magnitude_vector.default.weight", ("a.b", "weight", "magnitude")),
+        ("a.b.lokr_w2_a", ("a.b", "weight", "lokr_w2_a")),
+        ("a.b.hada_t1.default", ("a.b", "weight", "hada_t1")),
+        ("a.b.diff_b", ("a.b", "bias", "diff")),
+        ("a.0.diff_m", ("a.0.modulation", "weight", "diff")),
         ("a.b.weight", None),
         (".alpha", None),
     ],
 )
-def test_suffixes(key: str, expected: tuple[str, str] | None) -> None:
+def test_suffixes(key: str, expected: tuple[str, str, str] | None) -> None:
     assert split_key(key) == expected
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from peft import LoHaConfig, LoKrConfig, PeftConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -73,6 +74,7 @@ def test_blocks_of_rows_make_the_whole_delta() -> None:
     """However a delta is cut into rows, the rows are the same."""
     factors = {
         "lora": {"down": torch.randn(2, 6), "up": torch.randn(8, 2)},
+        "diff": {"diff": torch.randn(8, 6)},
         "loha": {f"hada_w{n}_{s}": torch.randn((8, 2) if s == "a" else (2, 6)) for n in (1, 2) for s in "ab"},
         "lokr": {"lokr_w1": torch.randn(2, 3), "lokr_w2_a": torch.randn(4, 1), "lokr_w2_b": torch.randn(1, 2)},
     }
@@ -90,13 +92,52 @@ def test_blocks_of_rows_make_the_whole_delta() -> None:
     "factors",
     [
         {"hada_w1_a": (8, 2), "hada_w1_b": (2, 6), "hada_w2_a": (8, 2), "hada_w2_b": (2, 5)},
+        {"diff": (6, 8)},
         {"lokr_w1": (2, 3), "lokr_w2": (4, 3)},
         {"lokr_w1_a": (2, 1), "lokr_w1_b": (2, 3), "lokr_w2": (4, 2)},
     ],
-    ids=["loha", "lokr", "lokr-ranks"],
+    ids=["loha", "diff", "lokr", "lokr-ranks"],
 )
 def test_factors_that_do_not_fit(tmp_path: Path, factors: Mapping[str, tuple[int, int]]) -> None:
     save_file({"a.weight": torch.zeros(8, 6)}, tmp_path / "base.safetensors")
     save_file({f"a.{role}": torch.ones(shape) for role, shape in factors.items()}, tmp_path / "lora.safetensors")
     plan = plan_fuse(open_checkpoint(tmp_path / "base.safetensors"), [LoraRequest(tmp_path / "lora.safetensors")])
     assert plan.problems[0].kind is ProblemKind.SHAPE_MISMATCH
+
+
+def test_differences_of_weights_biases_norms_and_modulations(tmp_path: Path) -> None:
+    """A full set as LightX2V writes it, in original names, onto Wan in both layouts (converted by diffusers)."""
+    torch.manual_seed(3)
+    base = {
+        "blocks.0.self_attn.q.weight": torch.randn(6, 6), "blocks.0.self_attn.q.bias": torch.randn(6),
+        "blocks.0.norm3.weight": torch.randn(6), "blocks.0.norm3.bias": torch.randn(6),
+        "blocks.0.modulation": torch.randn(1, 6, 6), "head.modulation": torch.randn(1, 2, 6),
+        "head.head.weight": torch.randn(4, 6),
+    }  # fmt: skip
+    endings = {".weight": ".diff", ".bias": ".diff_b"}
+    lora, expected = {}, {}
+    for name, value in base.items():
+        stem, dot, kind = name.rpartition(".")
+        ending = endings.get(dot + kind, ".diff_m")
+        lora[f"diffusion_model.{stem}{ending}"] = delta = torch.randn(value.shape)
+        expected[name] = value + 0.5 * delta  # alpha never scales a difference, the strength does
+    down, up = torch.randn(2, 6), torch.randn(6, 2)
+    del lora["diffusion_model.blocks.0.self_attn.q.diff"]  # a low-rank weight beside a full bias
+    lora |= {"diffusion_model.blocks.0.self_attn.q.lora_down.weight": down}
+    lora |= {"diffusion_model.blocks.0.self_attn.q.lora_up.weight": up}
+    expected["blocks.0.self_attn.q.weight"] = base["blocks.0.self_attn.q.weight"] + 0.5 * up @ down
+    (tmp_path / "original").mkdir()
+    (tmp_path / "diffusers").mkdir()
+    torch.testing.assert_close(fused(tmp_path / "original", base, lora), expected)
+    convert = SINGLE_FILE_LOADABLE_CLASSES["WanTransformer3DModel"]["checkpoint_mapping_fn"]
+    converted = fused(tmp_path / "diffusers", convert(checkpoint=dict(base)), lora)
+    torch.testing.assert_close(converted, convert(checkpoint=expected))
+
+
+def test_a_difference_of_a_bias_that_is_not_there(tmp_path: Path) -> None:
+    save_file({"a.weight": torch.zeros(8, 6)}, tmp_path / "base.safetensors")
+    save_file({"a.diff": torch.ones(8, 6), "a.diff_b": torch.ones(8)}, tmp_path / "lora.safetensors")
+    plan = plan_fuse(open_checkpoint(tmp_path / "base.safetensors"), [LoraRequest(tmp_path / "lora.safetensors")])
+    assert [problem.kind for problem in plan.problems] == [ProblemKind.NO_SUCH_MODULE, ProblemKind.NO_EFFECT]
+    assert "lacks a.bias" in plan.problems[0].detail
+    assert (plan.loras[0].modules, plan.loras[0].applied) == (1, 0)  # half a module is not applied

@@ -158,4 +158,4 @@ def test_parts_of_other_sizes_are_a_mismatch(tmp_path: Path) -> None:
     base = write_base(tmp_path / "less.safetensors", weights)
     plan = plan_fuse(base, [LoraRequest(tmp_path / "lora.safetensors")])
     assert plan.problems[0].kind is ProblemKind.NO_SUCH_MODULE
-    assert "lacks a part" in plan.problems[0].detail
+    assert "lacks layers.0.attention.to_v.weight" in plan.problems[0].detail

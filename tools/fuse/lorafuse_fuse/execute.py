@@ -37,7 +37,11 @@ def check_factors(plan: FusePlan) -> tuple[Problem, ...]:
     """Read every factor once, before anything is written: NaN, Inf, and LoRAs that were never trained."""
     problems = []
     trained = dict.fromkeys((str(lora.request.path) for lora in plan.loras if lora.applied), False)
-    modules = {(patch.lora, patch.module.stem): patch for patches in plan.patches.values() for patch in patches}
+    modules = {
+        (patch.lora, patch.module.stem, patch.module.parameter): patch
+        for patches in plan.patches.values()
+        for patch in patches
+    }
     for patch in modules.values():
         factors = [read_tensor(ref) for ref in patch.module.factors.values()]
         if not all(bool(torch.isfinite(factor).all()) for factor in factors):

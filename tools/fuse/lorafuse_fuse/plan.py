@@ -156,19 +156,8 @@ def _plan_lora(
     problems += [
         Problem(ProblemKind.DUPLICATE_KEY, name, key, "its module has this factor already") for key in lora.duplicates
     ]
-    patches: list[tuple[str, Patch]] = []
-    scales, applied = Counter[str](), 0
-    for module in lora.modules:
-        planned = _plan_module(base, atlas, lora, match, module)
-        if isinstance(planned, Problem):
-            problems.append(planned)
-            continue
-        applied += 1
-        scales[f"{planned.source} = {planned.scale:g}"] += 1
-        for weight in dict.fromkeys(run.weight.name for run in planned.runs):
-            runs = tuple(run for run in planned.runs if run.weight.name == weight)
-            factor = request.strength * planned.scale
-            patches.append((weight, Patch(name, module, planned.algebra, factor, runs)))
+    patches, faults, scales = _plan_modules(base, atlas, lora, match, request.strength)
+    problems += faults
     if not patches or request.strength == 0:
         why = "its strength is 0" if patches else f"none of its {len(lora.modules)} modules can be applied"
         problems.append(Problem(ProblemKind.NO_EFFECT, name, str(request.path), why))
@@ -177,13 +166,31 @@ def _plan_lora(
         dialect=match.dialect.name,
         layout=match.layout,
         scale=_describe_scales(scales),
-        modules=sum(_is_ours(module, match) for module in lora.modules),
-        applied=applied,
+        modules=len({module.stem for module in lora.modules if _is_ours(module, match)}),
+        applied=len({patch.module.stem for _, patch in patches}),
         ignored=dict(Counter(p.kind.value for p in problems if p.kind is not ProblemKind.NO_EFFECT)),
         metadata=lora.source.metadata,
         cause=likely_cause(lora, base) if problems else None,
     )
     return plan, patches, problems
+
+
+def _plan_modules(
+    base: Checkpoint, atlas: Atlas, lora: LoraFile, match: Match, strength: float
+) -> tuple[list[tuple[str, Patch]], list[Problem], Counter[str]]:
+    """The patches by tensor, what stands against the others, and how often each scale occurs."""
+    patches, problems, scales = [], [], Counter[str]()
+    for module in lora.modules:
+        planned = _plan_module(base, atlas, lora, match, module)
+        if isinstance(planned, Problem):
+            problems.append(planned)
+            continue
+        scales[f"{planned.source} = {planned.scale:g}"] += 1
+        for tensor in dict.fromkeys(run.weight.name for run in planned.runs):
+            runs = tuple(run for run in planned.runs if run.weight.name == tensor)
+            patches.append((tensor, Patch(str(lora.path), module, planned.algebra, strength * planned.scale, runs)))
+    faulty = {problem.subject for problem in problems}  # a module whose bias does not fit is not applied by half
+    return [(tensor, patch) for tensor, patch in patches if patch.module.stem not in faulty], problems, scales
 
 
 def _is_ours(module: LoraModule, match: Match) -> bool:
@@ -217,10 +224,12 @@ def _plan_module(base: Checkpoint, atlas: Atlas, lora: LoraFile, match: Match, m
     if algebra is None or (lora.config and lora.config.unfusable):
         return _no_algebra(problem, module, lora)
     shapes = {role: ref.shape for role, ref in module.factors.items()}
-    shape = target_shape(target.parts, atlas)
+    places = atlas.places[module.parameter]
+    shape = target_shape(target.parts, places)
     if shape is None:
-        return problem(ProblemKind.NO_SUCH_MODULE, f"the base lacks a part of it: {', '.join(target.parts.names)}")
-    runs = runs_of(target.parts, shape[0], atlas)
+        lacking = ", ".join(f"{part}.{module.parameter}" for part in target.parts.names if part not in places)
+        return problem(ProblemKind.NO_SUCH_MODULE, f"the base lacks {lacking}")
+    runs = runs_of(target.parts, shape[0], places)
     if (misfit := algebra.misfit(shapes, shape)) or runs is None:
         return problem(ProblemKind.SHAPE_MISMATCH, misfit or f"its parts {target.parts.names} have other sizes")
     for ref in (*(run.weight for run in runs), *module.factors.values()):

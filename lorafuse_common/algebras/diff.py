@@ -1,0 +1,42 @@
+"""A full difference: `D` as the file holds it, scaled by the strength alone (LightX2V, ComfyUI `comfy/lora.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .algebra import Shape
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Diff:
+    """`diff` has the shape of the weight, bias, norm or modulation that it changes."""
+
+    name: str = "diff"
+
+    def claims(self, roles: Set[str]) -> bool:
+        """The difference and nothing else."""
+        return roles == {"diff"}
+
+    def rank(self, shapes: Mapping[str, Shape]) -> None:
+        """Alpha has no meaning here."""
+        return
+
+    def misfit(self, shapes: Mapping[str, Shape], base: Shape) -> str | None:
+        """Compare the shapes."""
+        if shapes["diff"] != base:
+            return f"the difference is {'x'.join(map(str, shapes['diff']))}, the base's {'x'.join(map(str, base))}"
+        return None
+
+    def delta_rows(
+        self, factors: Mapping[str, torch.Tensor], start: int, stop: int, out: torch.Tensor, scale: float
+    ) -> None:
+        """`out += scale * D[start:stop]`."""
+        out.add_(factors["diff"][start:stop].reshape(out.shape), alpha=scale)
+
+
+DIFF = Diff()
