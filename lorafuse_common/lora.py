@@ -162,9 +162,8 @@ def _style(lora: LoraFile, dialect: Dialect) -> tuple[int, int]:
     """Stems with the dialect's prefix (a prefix that none has counts against it), and keys with its endings."""
     prefix = dialect.spell("")
     stems = sum(module.stem.startswith(prefix) for module in lora.modules)
-    return (stems or -1) if prefix else 0, sum(
-        key.endswith(tuple(dialect.roles.values())) for key in lora.source.tensors
-    )
+    endings = tuple(dialect.roles.values())
+    return (stems or -1) if prefix else 0, sum(key.endswith(endings) for key in lora.source.tensors)
 
 
 def guess_dialect(lora: LoraFile) -> Dialect:
@@ -186,8 +185,6 @@ def is_other_component(stem: str) -> bool:
 
 def common_width(lora: LoraFile) -> int | None:
     """The commonest input width of the LoRA's A factors, in practice the model's hidden width."""
-    widths = Counter(m.factors["down"].shape[1] for m in lora.modules if len(m.factors.get("down", _NONE).shape) >= 2)
+    downs = [module.factors["down"] for module in lora.modules if "down" in module.factors]
+    widths = Counter(down.shape[1] for down in downs if len(down.shape) >= 2)
     return widths.most_common(1)[0][0] if widths else None
-
-
-_NONE = TensorRef(Path(), "", "F32", (), 0, 0)
