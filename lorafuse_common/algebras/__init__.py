@@ -2,16 +2,17 @@
 
 from collections.abc import Collection
 
-from .algebra import Algebra
+from .algebra import Algebra, Block
 from .diff import DIFF
+from .dora import DORA
 from .loha import LOHA
 from .lokr import LOKR
 from .lora import LORA
 
-ALGEBRAS: tuple[Algebra, ...] = (LORA, LOHA, LOKR, DIFF)
+ALGEBRAS: tuple[Algebra, ...] = (LORA, DORA, LOHA, LOKR, DIFF)
 
 UNSUPPORTED = {
-    "magnitude": "DoRA",
+    "magnitude": "DoRA on this kind of factors",
     "mid": "LoCon with a Tucker core",
     "up_bias": "LoRA with a bias (lora_bias)",
     "set_weight": "a weight replacement (.set_weight)",
@@ -30,4 +31,4 @@ def algebra_of(roles: Collection[str]) -> Algebra | None:
     return next((algebra for algebra in ALGEBRAS if algebra.claims(frozenset(roles))), None)
 
 
-__all__ = ["ALGEBRAS", "UNSUPPORTED", "Algebra", "algebra_of"]
+__all__ = ["ALGEBRAS", "UNSUPPORTED", "Algebra", "Block", "algebra_of"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -11,8 +11,22 @@ if TYPE_CHECKING:
 Shape = tuple[int, ...]
 
 
+class Block(NamedTuple):
+    """Some rows of one module while it is fused, in fp32 (fp64 for fp64 weights)."""
+
+    start: int
+    """The first of the module's rows."""
+    stop: int
+    """One past the last."""
+    weight: torch.Tensor
+    """The base's rows as they were, `(stop - start, columns)`: every rule starts from the unchanged base, so that the
+    order of several LoRAs cannot matter."""
+    delta: torch.Tensor
+    """Where deltas are summed, same shape."""
+
+
 class Algebra(Protocol):
-    """One update rule; deltas come without strength and scale."""
+    """One update rule; a delta is a function of the factors, the scale, the strength and the base."""
 
     @property
     def name(self) -> str:
@@ -31,8 +45,6 @@ class Algebra(Protocol):
         """Why these factors do not fit a weight of shape `base`, from shapes alone; None where they do."""
         ...
 
-    def delta_rows(
-        self, factors: Mapping[str, torch.Tensor], start: int, stop: int, out: torch.Tensor, scale: float
-    ) -> None:
-        """Add `scale` times rows `start:stop` of the delta to `out`, fp32 `(stop - start, columns)`, in place."""
+    def add_delta(self, factors: Mapping[str, torch.Tensor], block: Block, scale: float, strength: float) -> None:
+        """Add the block's rows of the delta to `block.delta` in place; `factors` have the dtype of the block."""
         ...

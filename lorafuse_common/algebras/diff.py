@@ -6,7 +6,7 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .algebra import Shape
+from .algebra import Block, Shape
 
 if TYPE_CHECKING:
     import torch
@@ -32,11 +32,10 @@ class Diff:
             return f"the difference is {'x'.join(map(str, shapes['diff']))}, the base's {'x'.join(map(str, base))}"
         return None
 
-    def delta_rows(
-        self, factors: Mapping[str, torch.Tensor], start: int, stop: int, out: torch.Tensor, scale: float
-    ) -> None:
-        """`out += scale * D[start:stop]`."""
-        out.add_(factors["diff"][start:stop].reshape(out.shape), alpha=scale)
+    def add_delta(self, factors: Mapping[str, torch.Tensor], block: Block, scale: float, strength: float) -> None:
+        """`delta += strength * D[rows]`; the scale is 1."""
+        difference = factors["diff"][block.start : block.stop]
+        block.delta.add_(difference.reshape(block.delta.shape), alpha=strength * scale)
 
 
 DIFF = Diff()

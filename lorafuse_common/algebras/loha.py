@@ -7,7 +7,7 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .algebra import Shape
+from .algebra import Block, Shape
 
 if TYPE_CHECKING:
     import torch
@@ -44,12 +44,10 @@ class Loha:
                 )
         return None
 
-    def delta_rows(
-        self, factors: Mapping[str, torch.Tensor], start: int, stop: int, out: torch.Tensor, scale: float
-    ) -> None:
-        """`out += scale * D[start:stop]` in fp32."""
-        first, second = (_product(factors, side, start, stop) for side in ("1", "2"))
-        out.addcmul_(first, second, value=scale)
+    def add_delta(self, factors: Mapping[str, torch.Tensor], block: Block, scale: float, strength: float) -> None:
+        """`delta += strength * scale * D[rows]`."""
+        first, second = (_product(factors, side, block.start, block.stop) for side in ("1", "2"))
+        block.delta.addcmul_(first, second, value=strength * scale)
 
 
 def _product(factors: Mapping[str, torch.Tensor], side: str, start: int, stop: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .algebra import Shape
+from .algebra import Block, Shape
 
 if TYPE_CHECKING:
     import torch
@@ -48,16 +48,15 @@ class Lokr:
             )
         return None
 
-    def delta_rows(
-        self, factors: Mapping[str, torch.Tensor], start: int, stop: int, out: torch.Tensor, scale: float
-    ) -> None:
-        """`out += scale * D[start:stop]`, row `i * p + k` of D being `w1[i] (x) w2[k]`."""
+    def add_delta(self, factors: Mapping[str, torch.Tensor], block: Block, scale: float, strength: float) -> None:
+        """`delta += strength * scale * D[rows]`, row `i * p + k` of D being `w1[i] (x) w2[k]`."""
         import torch
 
         left, right = _left(factors), _right(factors)
-        rows = torch.arange(start, stop)
+        rows = torch.arange(block.start, block.stop)
         above, below = left[rows // len(right)], right[rows % len(right)]  # (rows, n), (rows, q, *kernel)
-        out.add_((above.unsqueeze(2) * below.flatten(1).unsqueeze(1)).flatten(1), alpha=scale)
+        product = above.unsqueeze(2) * below.flatten(1).unsqueeze(1)
+        block.delta.add_(product.flatten(1), alpha=strength * scale)
 
 
 def _left_shape(shapes: Mapping[str, Shape]) -> Shape | None:

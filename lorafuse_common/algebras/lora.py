@@ -7,7 +7,7 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .algebra import Shape
+from .algebra import Block, Shape
 
 if TYPE_CHECKING:
     import torch
@@ -39,13 +39,11 @@ class Lora:
             return f"B @ A is {up[0]} x {'x'.join(map(str, down[1:]))}, the base's weight {'x'.join(map(str, base))}"
         return None
 
-    def delta_rows(
-        self, factors: Mapping[str, torch.Tensor], start: int, stop: int, out: torch.Tensor, scale: float
-    ) -> None:
-        """`out += scale * B[start:stop] @ A` in fp32."""
+    def add_delta(self, factors: Mapping[str, torch.Tensor], block: Block, scale: float, strength: float) -> None:
+        """`delta += strength * scale * B[rows] @ A`."""
         down = factors["down"].flatten(1)  # (r, in * kernel)
-        up = factors["up"].flatten(1)[start:stop]  # (rows, r)
-        out.addmm_(up, down, alpha=scale)
+        up = factors["up"].flatten(1)[block.start : block.stop]  # (rows, r)
+        block.delta.addmm_(up, down, alpha=strength * scale)
 
 
 LORA = Lora()

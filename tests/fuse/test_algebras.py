@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
-from peft import LoHaConfig, LoKrConfig, PeftConfig, get_peft_model
+from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from lorafuse_common.algebras import ALGEBRAS, algebra_of
+from lorafuse_common.algebras import ALGEBRAS, Block, algebra_of
 from lorafuse_common.checkpoint import open_checkpoint
 from lorafuse_fuse.fuse import FuseOptions, fuse, require_clean
 from lorafuse_fuse.plan import LoraRequest, ProblemKind, plan_fuse
@@ -62,6 +62,34 @@ def test_equals_pefts_delta(tmp_path: Path, config: PeftConfig) -> None:
         assert delta.abs().max() > 1e-3
 
 
+@pytest.mark.parametrize(("spelling", "modules"), [("peft", ["0"]), ("kohya", ["0", "1"])])
+def test_dora_equals_pefts_merge(tmp_path: Path, spelling: str, modules: list[str]) -> None:
+    """A trained magnitude and alpha != rank, in PEFT's file (its convolutions could be meant by columns) and kohya's."""
+    tuned = get_peft_model(model(), LoraConfig(r=3, lora_alpha=2, target_modules=modules, use_dora=True))
+    for name, value in tuned.named_parameters():
+        if "lora_" in name:
+            torch.manual_seed(len(name))
+            value.data += torch.rand_like(value)
+    base = {name: value.clone() for name, value in model().state_dict().items()}
+    state = get_peft_model_state_dict(tuned)
+    lora: dict[str, torch.Tensor] = {}
+    for name, value in state.items():
+        stem, _, role = name.removeprefix("base_model.model.").rpartition(".lora_")
+        if spelling == "peft":
+            lora[name] = value
+        elif role.startswith("magnitude"):
+            lora[f"lora_unet_{stem}.dora_scale"] = value.flatten()[:, None]
+        else:
+            lora[f"lora_unet_{stem}.lora_{'down' if role[0] == 'A' else 'up'}.weight"] = value
+    prefix = "base_model.model." if spelling == "peft" else "lora_unet_"
+    lora |= {f"{prefix}{name}.alpha": torch.tensor(2.0) for name in modules}
+    merged = tuned.merge_and_unload().state_dict()
+    result = fused(tmp_path, base, lora)
+    for name, value in result.items():
+        torch.testing.assert_close(value, base[name] + 0.5 * (merged[name] - base[name]))
+        assert name[0] not in modules or (merged[name] - base[name]).abs().max() > 1e-2
+
+
 def test_full_lokr_takes_no_alpha(tmp_path: Path) -> None:
     """ai-toolkit writes infinity there."""
     left, right = torch.randn(2, 3), torch.randn(4, 2)
@@ -75,16 +103,17 @@ def test_blocks_of_rows_make_the_whole_delta() -> None:
     factors = {
         "lora": {"down": torch.randn(2, 6), "up": torch.randn(8, 2)},
         "diff": {"diff": torch.randn(8, 6)},
+        "dora": {"down": torch.randn(2, 6), "up": torch.randn(8, 2), "magnitude": torch.rand(8) + 1},
         "loha": {f"hada_w{n}_{s}": torch.randn((8, 2) if s == "a" else (2, 6)) for n in (1, 2) for s in "ab"},
         "lokr": {"lokr_w1": torch.randn(2, 3), "lokr_w2_a": torch.randn(4, 1), "lokr_w2_b": torch.randn(1, 2)},
     }
     for algebra in ALGEBRAS:
         tensors = factors[algebra.name]
         assert algebra_of(set(tensors)) is algebra
-        whole, cut = torch.zeros(8, 6), torch.zeros(8, 6)
-        algebra.delta_rows(tensors, 0, 8, whole, 2.0)
+        weight, whole, cut = torch.randn(8, 6), torch.zeros(8, 6), torch.zeros(8, 6)
+        algebra.add_delta(tensors, Block(0, 8, weight, whole), 2.0, 0.5)
         for start, stop in ((0, 3), (3, 7), (7, 8)):
-            algebra.delta_rows(tensors, start, stop, cut[start:stop], 2.0)
+            algebra.add_delta(tensors, Block(start, stop, weight[start:stop], cut[start:stop]), 2.0, 0.5)
         torch.testing.assert_close(cut, whole)
 
 
@@ -93,12 +122,14 @@ def test_blocks_of_rows_make_the_whole_delta() -> None:
     [
         {"hada_w1_a": (8, 2), "hada_w1_b": (2, 6), "hada_w2_a": (8, 2), "hada_w2_b": (2, 5)},
         {"diff": (6, 8)},
+        {"lora_A": (2, 6), "lora_B": (8, 2), "dora_scale": (1, 6)},
+        {"lora_A": (2, 6), "lora_B": (8, 2), "dora_scale": (6,)},
         {"lokr_w1": (2, 3), "lokr_w2": (4, 3)},
         {"lokr_w1_a": (2, 1), "lokr_w1_b": (2, 3), "lokr_w2": (4, 2)},
     ],
-    ids=["loha", "diff", "lokr", "lokr-ranks"],
+    ids=["loha", "diff", "dora-columns", "dora", "lokr", "lokr-ranks"],
 )
-def test_factors_that_do_not_fit(tmp_path: Path, factors: Mapping[str, tuple[int, int]]) -> None:
+def test_factors_that_do_not_fit(tmp_path: Path, factors: Mapping[str, tuple[int, ...]]) -> None:
     save_file({"a.weight": torch.zeros(8, 6)}, tmp_path / "base.safetensors")
     save_file({f"a.{role}": torch.ones(shape) for role, shape in factors.items()}, tmp_path / "lora.safetensors")
     plan = plan_fuse(open_checkpoint(tmp_path / "base.safetensors"), [LoraRequest(tmp_path / "lora.safetensors")])

@@ -39,7 +39,7 @@ CASES: dict[ProblemKind, dict[str, torch.Tensor]] = {
     ProblemKind.OTHER_COMPONENT: {"text_encoder.q.lora_A.weight": A, "text_encoder.q.lora_B.weight": B},
     ProblemKind.NO_SUCH_MODULE: {"transformer_blocks.9.attn.to_q.lora_A.weight": A},
     ProblemKind.INCOMPLETE_MODULE: {"transformer_blocks.0.attn.to_k.lora_A.weight": A},
-    ProblemKind.UNKNOWN_ALGEBRA: {"transformer_blocks.0.attn.to_k.dora_scale": A},
+    ProblemKind.UNKNOWN_ALGEBRA: {"transformer_blocks.0.attn.to_k.oft_blocks": A},
     ProblemKind.SHAPE_MISMATCH: {
         "transformer_blocks.0.attn.to_k.lora_A.weight": torch.randn(4, 32),
         "transformer_blocks.0.attn.to_k.lora_B.weight": B,

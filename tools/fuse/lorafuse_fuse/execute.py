@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 import torch
 
+from lorafuse_common.algebras import Block
 from lorafuse_common.errors import CheckpointError
 from lorafuse_common.manifest import TensorChange
 from lorafuse_common.tensorfile import FLOAT_DTYPES, TensorFile, TensorRef, encode_header, read_tensor
@@ -140,7 +141,7 @@ def _copy(stream: _Stream, ref: TensorRef) -> None:
 
 
 def _edit(stream: _Stream, ref: TensorRef, patches: Sequence[Patch]) -> TensorChange:
-    """`W' = round(W + sum_i factor_i * D_i)`, deltas summed in fp32 (fp64 for fp64 weights), by blocks of rows."""
+    """`W' = round(W + sum_i D_i(W))`, deltas summed in fp32 (fp64 for fp64 weights), by blocks of rows."""
     dtype: torch.dtype = getattr(torch, FLOAT_DTYPES[ref.dtype])
     work = torch.float64 if dtype is torch.float64 else torch.float32
     factors = [{role: read_tensor(f).to(work) for role, f in patch.module.factors.items()} for patch in patches]
@@ -151,22 +152,24 @@ def _edit(stream: _Stream, ref: TensorRef, patches: Sequence[Patch]) -> TensorCh
         stop = min(rows, start + step)
         block = stream.read((stop - start) * ref.nbytes // rows)
         weight = torch.frombuffer(block, dtype=dtype).view(stop - start, columns)
-        delta = adder.zeros(stop - start)
+        before, delta = adder.load(weight)
         for patch, tensors in zip(patches, factors, strict=True):
-            _add_rows(patch, tensors, start, delta)
-        adder.add(weight, delta)
+            _add_rows(patch, tensors, start, before, delta)
+        adder.store(weight)
         stream.write(block)
     return adder.change(ref)
 
 
-def _add_rows(patch: Patch, factors: Mapping[str, torch.Tensor], start: int, delta: torch.Tensor) -> None:
-    """Add what a patch has for the rows of the weight that `delta` holds, from row `start` on."""
+def _add_rows(
+    patch: Patch, factors: Mapping[str, torch.Tensor], start: int, weight: torch.Tensor, delta: torch.Tensor
+) -> None:
+    """Add to `delta` what a patch has for its rows; `weight` and `delta` begin at row `start` of the tensor."""
     for run in patch.runs:
         first, last = max(start, run.first), min(start + len(delta), run.first + run.rows)
         if first < last:
-            shift = run.delta_first - run.first
-            part = delta[first - start : last - start]
-            patch.algebra.delta_rows(factors, first + shift, last + shift, part, patch.factor)
+            here, shift = slice(first - start, last - start), run.delta_first - run.first
+            block = Block(first + shift, last + shift, weight[here], delta[here])
+            patch.algebra.add_delta(factors, block, patch.scale, patch.strength)
 
 
 class _Adder:
@@ -176,14 +179,14 @@ class _Adder:
         self._scratch = torch.empty(3, rows, columns, dtype=dtype)
         self._weight = self._delta = self._error = self._kept = 0.0
 
-    def zeros(self, rows: int) -> torch.Tensor:
-        """Where the deltas of the next `rows` rows are summed; valid until the next call."""
-        return self._scratch[0, :rows].zero_()
+    def load(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The block as it is, and zeros to sum its deltas in; both valid until the next block."""
+        before, delta, _ = self._scratch[:, : len(weight)]
+        return before.copy_(weight), delta.zero_()
 
-    def add(self, weight: torch.Tensor, delta: torch.Tensor) -> None:
+    def store(self, weight: torch.Tensor) -> None:
         """`weight += delta`, rounded once to the weight's dtype."""
-        before, exact = self._scratch[1, : len(delta)], self._scratch[2, : len(delta)]
-        before.copy_(weight)
+        before, delta, exact = self._scratch[:, : len(weight)]
         torch.add(before, delta, out=exact)
         weight.copy_(exact)
         self._weight += _dot(before, before)

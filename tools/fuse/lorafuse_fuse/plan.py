@@ -65,8 +65,8 @@ class Patch:
     """The LoRA's path as it was given."""
     module: LoraModule
     algebra: Algebra
-    factor: float
-    """Strength times scale: what the delta is multiplied by."""
+    scale: float
+    strength: float
     runs: tuple[Run, ...]
     """Which rows of the delta go where in the tensor."""
 
@@ -188,7 +188,7 @@ def _plan_modules(
         scales[f"{planned.source} = {planned.scale:g}"] += 1
         for tensor in dict.fromkeys(run.weight.name for run in planned.runs):
             runs = tuple(run for run in planned.runs if run.weight.name == tensor)
-            patches.append((tensor, Patch(str(lora.path), module, planned.algebra, strength * planned.scale, runs)))
+            patches.append((tensor, Patch(str(lora.path), module, planned.algebra, planned.scale, strength, runs)))
     faulty = {problem.subject for problem in problems}  # a module whose bias does not fit is not applied by half
     return [(tensor, patch) for tensor, patch in patches if patch.module.stem not in faulty], problems, scales
 
