@@ -63,6 +63,8 @@ _PATTERNS: tuple[tuple[re.Pattern[str], str | None], ...] = (
     (re.compile(r"\.lora_A(\.[^.]+)??(\.weight)?$"), "down"),
     (re.compile(r"\.lora_B(\.[^.]+)??(\.weight)?$"), "up"),
     (re.compile(r"\.lora_B(\.[^.]+)??\.bias$"), "up_bias"),
+    (re.compile(r"(?<=_lora[12])\.down\.weight$"), "down"),
+    (re.compile(r"(?<=_lora[12])\.up\.weight$"), "up"),
     (re.compile(r"\.lora_magnitude_vector(\.[^.]+)??(\.weight)?$"), "magnitude"),
     (re.compile(r"\.(?P<role>lokr_w[12](?:_[ab])?|lokr_t2|hada_w[12]_[ab]|hada_t[12])(\.[^.]+)?$"), None),
     (re.compile(r"\.oft_R(\.[^.]+)?\.(weight|scaled_oft)$"), "oft_R"),

@@ -81,9 +81,33 @@ ORIGINAL = Layout(
     },
 )
 
+XLABS = Layout(
+    "xlabs",
+    {
+        "double_blocks.{}.processor.qkv_lora1": parts(
+            "transformer_blocks.{}.attn.to_q", "transformer_blocks.{}.attn.to_k", "transformer_blocks.{}.attn.to_v"
+        ),
+        "double_blocks.{}.processor.qkv_lora2": parts(
+            "transformer_blocks.{}.attn.add_q_proj",
+            "transformer_blocks.{}.attn.add_k_proj",
+            "transformer_blocks.{}.attn.add_v_proj",
+        ),
+        "double_blocks.{}.processor.proj_lora1": parts("transformer_blocks.{}.attn.to_out.0"),
+        "double_blocks.{}.processor.proj_lora2": parts("transformer_blocks.{}.attn.to_add_out"),
+        # Only the first three parts of `linear1`; the MLP's rows have no LoRA.
+        "single_blocks.{}.processor.qkv": parts(
+            "single_transformer_blocks.{}.attn.to_q",
+            "single_transformer_blocks.{}.attn.to_k",
+            "single_transformer_blocks.{}.attn.to_v",
+        ),
+        "single_blocks.{}.processor.proj": parts("single_transformer_blocks.{}.proj_out"),
+    },
+)
+"""XLabs' names, of LoRAs only; `_lora` is taken for a suffix where no number follows it."""
+
 FLUX = Family(
     name="flux",
     title="FLUX.1",
     transformer_classes=("FluxTransformer2DModel",),
-    layouts=(DIFFUSERS, ORIGINAL),
+    layouts=(DIFFUSERS, ORIGINAL, XLABS),
 )

@@ -40,7 +40,9 @@ def test_diffusers_layout_is_diffusers(family: Family) -> None:
     assert linear <= set(diffusers_layout.expand(blocks))
     assert diffusers_layout.explained(everything) == diffusers_layout.explained(diffusers_layout.expand(blocks))
     parts = {part for its in diffusers_layout.modules.values() for part in its.names}
-    assert all({part for its in layout.modules.values() for part in its.names} == parts for layout in others)
+    for layout in others:
+        named = {part for its in layout.modules.values() for part in its.names}
+        assert named == parts if layout.name == "original" else named < parts
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -101,5 +103,5 @@ def test_suffixes(key: str, expected: tuple[str, str, str] | None) -> None:
 @pytest.mark.parametrize("path", sorted(LISTINGS.glob("*.json")), ids=lambda path: path.stem)
 def test_every_real_key_has_a_role(path: Path) -> None:
     unread = [key for key in json.loads(path.read_text())["keys"] if split_key(key) is None]
-    known_gaps = r"norm\.(key|query)_norm\.scale$|processor\..*\.(down|up)\.weight$"  # BFL control, XLabs
+    known_gaps = r"norm\.(key|query)_norm\.scale$"  # BFL control
     assert [key for key in unread if not re.search(known_gaps, key)] == []

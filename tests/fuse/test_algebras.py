@@ -64,7 +64,7 @@ def test_equals_pefts_delta(tmp_path: Path, config: PeftConfig) -> None:
 
 @pytest.mark.parametrize(("spelling", "modules"), [("peft", ["0"]), ("kohya", ["0", "1"])])
 def test_dora_equals_pefts_merge(tmp_path: Path, spelling: str, modules: list[str]) -> None:
-    """A trained magnitude and alpha != rank, in PEFT's file (its convolutions could be meant by columns) and kohya's."""
+    """A trained magnitude, alpha != rank, in kohya's file and in PEFT's, whose convolutions could mean columns."""
     tuned = get_peft_model(model(), LoraConfig(r=3, lora_alpha=2, target_modules=modules, use_dora=True))
     for name, value in tuned.named_parameters():
         if "lora_" in name:

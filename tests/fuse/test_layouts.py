@@ -22,7 +22,7 @@ from lorafuse_common.checkpoint import Checkpoint, open_checkpoint
 from lorafuse_common.dialects.comfy import COMFY
 from lorafuse_common.dialects.diffusers import DIFFUSERS
 from lorafuse_common.dialects.kohya import KOHYA
-from lorafuse_common.families import FAMILIES
+from lorafuse_common.families import FAMILIES, family_named
 from lorafuse_common.naming import Family, Layout
 from lorafuse_fuse.fuse import FuseOptions, fuse, require_clean
 from lorafuse_fuse.plan import LoraRequest, ProblemKind, plan_fuse
@@ -110,7 +110,7 @@ def fused(base: Checkpoint, lora: Path, out: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("family", CROSSED, ids=lambda family: family.name)
 def test_fusing_commutes_with_diffusers_conversion(tmp_path: Path, family: Family) -> None:
     rows = part_rows(family)
-    diffusers_layout, original_layout = family.layouts
+    diffusers_layout, original_layout, *_ = family.layouts
     weights: dict[str, torch.Tensor] = {}
     for module, count in module_rows(family, original_layout, rows).items():
         weights |= {f"{module}.weight": column(module, count), f"{module}.bias": column(f"bias {module}", count)[:, 0]}
@@ -131,6 +131,32 @@ def test_fusing_commutes_with_diffusers_conversion(tmp_path: Path, family: Famil
             for name, value in onto_converted.items():
                 torch.testing.assert_close(value, reference[name], rtol=0, atol=1e-6, msg=name)
                 assert name.endswith(".bias") or not torch.equal(value, before[name]), name
+
+
+def test_xlabs_names(tmp_path: Path) -> None:
+    """XLabs' own vocabulary onto FLUX.1; its single-block LoRAs leave the MLP's rows of linear1 alone."""
+    flux = family_named("flux")
+    rows = part_rows(flux)
+    weights = {f"{m}.weight": column(m, count) for m, count in module_rows(flux, flux.layouts[1], rows).items()}
+    stems = {
+        "double_blocks.0.processor.qkv_lora1": "double_blocks.0.img_attn.qkv",
+        "double_blocks.0.processor.qkv_lora2": "double_blocks.0.txt_attn.qkv",
+        "double_blocks.0.processor.proj_lora1": "double_blocks.0.img_attn.proj",
+        "double_blocks.0.processor.proj_lora2": "double_blocks.0.txt_attn.proj",
+        "single_blocks.1.processor.qkv_lora": "single_blocks.1.linear1",
+        "single_blocks.1.processor.proj_lora": "single_blocks.1.linear2",
+    }
+    lora: dict[str, torch.Tensor] = {}
+    expected = dict(weights)
+    for stem, module in stems.items():
+        up = column(f"up {stem}", 9216 if "qkv" in stem else 3072)
+        lora |= {f"{stem}.down.weight": torch.ones(1, 1), f"{stem}.up.weight": up}
+        changed = weights[f"{module}.weight"].clone()
+        changed[: len(up)] += 0.5 * up
+        expected[f"{module}.weight"] = changed
+    save_file(lora, tmp_path / "xlabs.safetensors")
+    result = fused(write_base(tmp_path / "base.safetensors", weights), tmp_path / "xlabs.safetensors", tmp_path / "out")
+    torch.testing.assert_close(result, expected)
 
 
 def test_a_lone_part_changes_its_own_rows_only(tmp_path: Path) -> None:
