@@ -27,9 +27,7 @@ FUSE_ARGS ?=
 LAUNCH_ARGS ?= --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
 # What the demo trains with; used only on the demo's own data set.
-DEMO_ARGS := --original_model $(DEMO)/base --lora_rank 16 --learning_rate 2e-3 --train_batch_size 16 \
-  --max_train_steps 240 --lr_warmup_steps 20 --base_dtype fp32 \
-  --validation_inference_steps 16 --validation_guidance_scale 2 --overwrite_output_dir
+DEMO_ARGS := --config $(DEMO)/train.yaml --original_model $(DEMO)/base --overwrite_output_dir
 
 # A fused checkpoint that was named without saying of what is taken as it is, not made from the demo.
 TRAIN_NEEDS := fuse
