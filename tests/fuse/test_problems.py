@@ -143,6 +143,10 @@ def test_fp8_weights_are_not_edited(tmp_path: Path) -> None:
         ({"blocks.0.self_attn.q": (48, 48), "blocks.0.ffn.0": (48, 48)}, "are Wan names; the base is Qwen-Image"),
         ({"double_blocks.0.img_mod.lin": (48, 48)}, "are FLUX.1 names; the base is Qwen-Image"),
         ({"double_blocks.0.img_attn.qkv": (48, 48)}, "are Chroma or FLUX.1 or FLUX.2 or HunyuanVideo names"),
+        (
+            {TO_Q: (48, 48), "transformer_blocks.30.attn.to_q": (48, 48)},
+            "names block 30; the base's last is 1, so it is of a larger model",
+        ),
         ({TO_Q: (3072, 3072)}, "shapes are of a model of width 3072; the base is of width 48"),
     ],
 )
@@ -151,9 +155,8 @@ def test_the_likeliest_cause_is_named(
 ) -> None:
     factors = {name: (torch.randn(4, i), torch.randn(o, 4)) for name, (o, i) in tensors.items()}
     write_lora(tmp_path / "x.safetensors", factors, COMFY)
-    with pytest.raises(PlanError, match=cause) as error:
+    with pytest.raises(PlanError, match=cause):
         require_clean(plan_fuse(base, [LoraRequest(tmp_path / "x.safetensors")]), ())
-    assert "0 of" in str(error.value)
 
 
 def test_sizes_of_a_family_have_names(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Iterable
 
 from lorafuse_common.checkpoint import Checkpoint
 from lorafuse_common.lora import LoraFile, common_width, guess_families
@@ -20,7 +22,15 @@ def likely_cause(lora: LoraFile, base: Checkpoint) -> str | None:
         theirs = f"the {sizes[width]} model" if width in sizes else f"a model of width {width}"
         ours = sizes.get(base_width, f"of width {base_width}")
         return f"this LoRA's shapes are of {theirs}; the base is {ours}"
+    block, last = _last_block(module.stem for module in lora.modules), _last_block(base.modules)
+    if block > last:
+        return f"this LoRA names block {block}; the base's last is {last}, so it is of a larger model"
     return None
+
+
+def _last_block(names: Iterable[str]) -> int:
+    """The highest number between the words of some names."""
+    return max((int(n) for name in names for n in re.findall(r"(?<=[a-z][._])\d+(?=[._][a-z])", name)), default=0)
 
 
 def _base_width(base: Checkpoint) -> int | None:

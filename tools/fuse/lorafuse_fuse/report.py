@@ -32,6 +32,9 @@ def describe_problems(plan: FusePlan, problems: Sequence[Problem]) -> str:
         ours = [problem for problem in problems if problem.lora == name]
         if not ours:
             continue
+        if ours[0].kind is ProblemKind.NOT_A_LORA:
+            lines.append(ours[0].detail)
+            continue
         lines.append(f"{name}: {lora.applied} of {lora.modules} modules can be applied to {plan.base.root}")
         if lora.cause:
             lines.append(f"  likeliest cause: {lora.cause}")
@@ -44,7 +47,7 @@ def describe_problems(plan: FusePlan, problems: Sequence[Problem]) -> str:
 
 
 def _describe_kind(kind: ProblemKind, problems: Sequence[Problem]) -> list[str]:
-    if kind in (ProblemKind.NOT_A_LORA, ProblemKind.NO_EFFECT):
+    if kind is ProblemKind.NO_EFFECT:
         return [f"  {kind}: {problem.detail}. {_ADVICE.get(kind, '')}".rstrip() for problem in problems]
     names = ", ".join(problem.subject for problem in problems[:_NAMES_SHOWN])
     more = f", and {len(problems) - _NAMES_SHOWN} more" if len(problems) > _NAMES_SHOWN else ""
