@@ -13,7 +13,7 @@ from lorafuse_train.options import OPTIONS
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MENTIONED = set(re.findall(r"--[a-z][a-z0-9_-]*", README))
 ELSEWHERE = {
-    "--local-dir",  # huggingface-cli
+    "--local-dir",  # hf download
     "--multi_gpu", "--num_processes",  # accelerate launch
     "--preset_lora_path", "--preset_lora_model", "--model_paths", "--model_id_with_origin_paths",  # DiffSynth-Studio
     "--stage",  # the demo's maker
