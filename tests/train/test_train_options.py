@@ -66,6 +66,8 @@ NAMES = [
     "output_path",
     "overwrite_output_dir",
     "checkpointing_steps",
+    "checkpoints_total_limit",
+    "resume_from_checkpoint",
     "config",
 ]
 

@@ -68,7 +68,7 @@ def test_a_training_from_start_to_end(
         checkpointing_steps=2, validation_steps=2,
     )  # fmt: skip
     assert sorted(path.name for path in out.iterdir()) == [
-        "checkpoint-2", "log.csv", "logs", FILE_NAME, "samples", "samples.png", "train_config.yaml",
+        "checkpoint-2", "checkpoint-3", "log.csv", "logs", FILE_NAME, "samples", "samples.png", "train_config.yaml",
     ]  # fmt: skip
     with (out / "log.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -21,7 +21,7 @@ from lorafuse_common.tensorfile import encode_header, read_header
 
 from .atomic import write_atomically
 from .base import Base, fused_loras
-from .config import TrainConfig
+from .config import OUTPUT, TrainConfig
 from .options import OPTIONS
 from .targets import Targets
 
@@ -100,8 +100,12 @@ def lora_metadata(base: Base, targets: Targets, config: TrainConfig, steps: int)
         ],
         "schedule": dataclasses.asdict(manifest.schedule) if manifest and manifest.schedule else None,
         "steps": steps,
-        # Options that are paths say where things lie on one machine, and nothing about the LoRA.
-        "config": {name: getattr(config, name) for name, option in OPTIONS.items() if option.kind is not Path},
+        # Paths say where things lie on one machine, and how a run was split up says nothing about the LoRA either.
+        "config": {
+            name: getattr(config, name)
+            for name, option in OPTIONS.items()
+            if option.kind is not Path and option.entry.panel != OUTPUT
+        },
     }
     return {
         "format": "pt",
@@ -131,7 +135,7 @@ def load_back(transformer: Any, pipeline: Path, file: Path) -> None:
         loaded.load_lora_weights(file.parent, weight_name=file.name, adapter_name=ADAPTER)
     except (ValueError, KeyError, RuntimeError, TypeError) as error:
         raise LorafuseError(f"{file}: diffusers does not load the new LoRA ({error})") from error
-    found = _lora_parameters(transformer)
+    found = lora_parameters(transformer)
     wrong = {*saved} ^ {*found}
     wrong |= {name for name in {*saved} & {*found} if not _rounds_to(saved[name], found[name])}
     if wrong:
@@ -143,8 +147,8 @@ def load_back(transformer: Any, pipeline: Path, file: Path) -> None:
         parameter.data = saved[name].to(parameter.device)
 
 
-def _lora_parameters(transformer: Any) -> dict[str, nn.Parameter]:
-    """The loaded LoRA's own parameters, under the names they have in a file."""
+def lora_parameters(transformer: Any) -> dict[str, nn.Parameter]:
+    """The LoRA's own parameters, under the names they have in a file."""
     return {
         f"{PREFIX}{name.replace(f'.{ADAPTER}.', '.')}": parameter
         for name, parameter in transformer.named_parameters()

@@ -61,13 +61,16 @@ def train(**given: Any) -> None:
     Every option can also stand in the YAML file given by --config. Names may be written with dashes.
     """
     config = resolve_config(given)
-    from .train import run  # imports torch and diffusers, which `--help` should not wait for
+    from .train import Stopped, run  # imports torch and diffusers, which `--help` should not wait for
 
     try:
         run(config)
     except KeyboardInterrupt:  # typer would end with 130 too, but without a word
         _complain("lorafuse-train: stopped by Ctrl-C; what was saved before is complete")
         raise typer.Exit(130) from None
+    except Stopped as stopped:
+        _complain(f"lorafuse-train: {stopped}")
+        raise typer.Exit(stopped.status) from None
 
 
 def main() -> None:

@@ -187,8 +187,16 @@ class TrainConfig:
     output_path: Annotated[Path, Entry(OUTPUT, "Folder for LoRA, logs and samples.")]
     overwrite_output_dir: Annotated[bool, Entry(OUTPUT, "Train again where --output_path holds a LoRA.")] = False
     checkpointing_steps: Annotated[
-        int, Entry(OUTPUT, "Also save the LoRA to checkpoint-N every so many steps; 0: never.", bounds=NOT_NEGATIVE)
+        int,
+        Entry(OUTPUT, "Save LoRA and state to checkpoint-N every so many steps; 0: never.", bounds=NOT_NEGATIVE),
     ] = 0
+    checkpoints_total_limit: Annotated[
+        int | None, Entry(OUTPUT, "Keep only so many of the newest checkpoints.", bounds=ONE_OR_MORE)
+    ] = None
+    resume_from_checkpoint: Annotated[
+        str | None,
+        Entry(OUTPUT, "Go on from `latest` in --output_path (a fresh start where there is none) or from this folder."),
+    ] = None
     config: Annotated[Path | None, Entry(OUTPUT, "YAML file with these options; the command line wins.")] = None
 
     @property

@@ -80,9 +80,15 @@ def _clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
 
 
+def _rows(path: Path, done: int) -> list[str]:
+    """What an interrupted run recorded of the steps that are kept."""
+    lines = path.read_text(encoding="utf-8").splitlines()[1:] if done and path.is_file() else []
+    return [line for line in lines if int(line.split(",")[0]) <= done]
+
+
 @contextmanager
-def open_log(folder: Path, total: int) -> Iterator[Log | None]:
-    """Start `folder/log.csv` and `folder/logs/` afresh; None on processes that keep no record."""
+def open_log(folder: Path, total: int, done: int = 0) -> Iterator[Log | None]:
+    """Write `folder/log.csv` and `folder/logs/` from step `done` on; None on processes that keep no record."""
     if not is_main():
         yield None
         return
@@ -90,11 +96,12 @@ def open_log(folder: Path, total: int) -> Iterator[Log | None]:
 
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
+        earlier = _rows(folder / "log.csv", done)
         csv = stack.enter_context((folder / "log.csv").open("w", encoding="utf-8"))
-        csv.write(COLUMNS + "\n")
-        board = SummaryWriter(str(folder / "logs"), purge_step=0)
+        csv.write("\n".join([COLUMNS, *earlier, ""]))
+        board = SummaryWriter(str(folder / "logs"), purge_step=done)
         stack.callback(board.close)
-        bar = tqdm(total=total, desc="training", unit="step") if sys.stderr.isatty() else None
+        bar = tqdm(total=total, initial=done, desc="training", unit="step") if sys.stderr.isatty() else None
         if bar is not None:
             stack.callback(bar.close)
         yield Log(total, csv, board, bar)

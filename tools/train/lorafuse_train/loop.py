@@ -20,6 +20,7 @@ from .objective import NoiseLevels, add_noise, draw, loss_sum
 from .order import MicroBatch, Order
 from .plan import Plan
 from .precision import Precision
+from .state import LoopState
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,9 @@ class Training:
     accelerator: Accelerator
 
 
-def fit(training: Training, log: Log | None, after_step: Callable[[int], None]) -> None:
-    """Train for `total_steps` steps; `after_step` is called with the number of steps done.
-
-    Raises:
-        LorafuseError: the loss or its gradient is not finite; the weights are then as they were before that step.
-    """
-    config, accelerator = training.plan.config, training.accelerator
+def start(training: Training) -> LoopState:
+    """Optimiser and learning-rate schedule before the first step."""
+    config = training.plan.config
     optimizer = torch.optim.AdamW(
         training.parameters,
         lr=config.learning_rate,
@@ -58,7 +55,18 @@ def fit(training: Training, log: Log | None, after_step: Callable[[int], None]) 
         num_warmup_steps=config.warmup_steps(training.total_steps),
         num_training_steps=training.total_steps,
     )
-    for step in range(training.total_steps):
+    return LoopState(optimizer, lr_scheduler)
+
+
+def fit(training: Training, state: LoopState, log: Log | None, after_step: Callable[[], bool]) -> None:
+    """Train from `state` until `total_steps` steps are done, or `after_step` says to stop.
+
+    Raises:
+        LorafuseError: the loss or its gradient is not finite; the weights are then as they were before that step.
+    """
+    config, accelerator = training.plan.config, training.accelerator
+    optimizer, lr_scheduler = state.optimizer, state.lr_scheduler
+    for step in range(state.step, training.total_steps):
         # ---- one step: the loss is the mean over all its pictures, however they are split up ----
         micro_batches = training.order.step(step)
         pictures = sum(len(micro.samples) for micro in micro_batches)
@@ -74,10 +82,12 @@ def fit(training: Training, log: Log | None, after_step: Callable[[int], None]) 
         optimizer.step()
         lr_scheduler.step()
         optimizer.zero_grad()
+        state.step = step + 1
         # -----------------------------------------------------------------------------------------
         if log:
-            log.add(StepRecord(step + 1, loss.item(), lr, grad_norm.item()))
-        after_step(step + 1)
+            log.add(StepRecord(state.step, loss.item(), lr, grad_norm.item()))
+        if after_step():
+            return
 
 
 def _loss_sum(training: Training, step: int, micro: MicroBatch) -> Tensor:

@@ -16,6 +16,7 @@ from .data import Sample, read_dataset
 from .pictures import geometry
 from .recipes import recipe_for
 from .recipes.recipe import Recipe
+from .state import choose_checkpoint
 from .summary import describe_base, describe_dataset, describe_targets
 from .targets import Targets, meta_model, resolve_targets
 
@@ -59,5 +60,6 @@ def _check_output(config: TrainConfig) -> None:
     nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not os.access(nearest, os.W_OK):
         raise OutputError(f"--output_path {out}: {nearest} may not be written")
-    if (out / FILE_NAME).exists() and not config.overwrite_output_dir:
+    choose_checkpoint(config.resume_from_checkpoint, out)
+    if (out / FILE_NAME).exists() and not (config.overwrite_output_dir or config.resume_from_checkpoint):
         raise OutputError(f"--output_path {out}: holds a LoRA already; choose another or give --overwrite_output_dir")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
+import shutil
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -10,9 +13,19 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 
-from lorafuse_common.errors import ConfigError, LorafuseError
+from lorafuse_common.errors import ConfigError, LorafuseError, OutputError
 
-from .adapter import FILE_NAME, attach, compare_effects, load_back, lora_metadata, lora_state, save_lora, without
+from .adapter import (
+    FILE_NAME,
+    attach,
+    compare_effects,
+    load_back,
+    lora_metadata,
+    lora_parameters,
+    lora_state,
+    save_lora,
+    without,
+)
 from .atomic import write_atomically
 from .base import load_transformer, original_transformer
 from .config import TrainConfig
@@ -20,11 +33,13 @@ from .console import quiet_libraries, say
 from .encode import Encodings, fill_cache, free, open_cache
 from .gallery import Gallery, choose_prompts, choose_schedules, choose_size, prepare_prompts
 from .log import Log, open_log
-from .loop import Training, fit
+from .loop import Training, fit, start
 from .options import dump_config
 from .order import Order
 from .plan import Plan, plan_training
 from .precision import Precision, choose_precision
+from .signals import StopRequest, stop_requests
+from .state import LoopState, checkpoints, choose_checkpoint, keep_newest, load_checkpoint, save_checkpoint
 from .summary import describe_end, describe_run
 
 LONGEST_WAIT = timedelta(days=2)
@@ -35,11 +50,20 @@ SPARING = (
 UNSUPPORTED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
+class Stopped(Exception):  # no error: the user asked for it
+    """A signal stopped the training after a step; everything that is needed to go on is saved."""
+
+    def __init__(self, number: int, step: int) -> None:
+        super().__init__(f"stopped by signal {number} after step {step}; go on with --resume_from_checkpoint latest")
+        self.status = 128 + number
+
+
 def run(config: TrainConfig) -> None:
     """Train a LoRA; the transformer's weights are loaded only when everything before them has succeeded.
 
     Raises:
         LorafuseError: whatever is wrong with what the user gave.
+        Stopped: a signal ended it early.
     """
     quiet_libraries()
     plan = plan_training(config)
@@ -51,13 +75,16 @@ def run(config: TrainConfig) -> None:
         _draw_original(plan, gallery, config.original_model)
     training = _prepare(plan, encodings, precision, accelerator)
     say(describe_run(training))
-    if accelerator.is_main_process:
+    state = _resumed(training)
+    if accelerator.is_main_process and state.step == 0:
         _start_output(config)
     try:
-        with open_log(config.output_path, training.total_steps) as log:
-            fit(training, log, functools.partial(_after_step, training, gallery, log))
+        with open_log(config.output_path, training.total_steps, state.step) as log, stop_requests() as request:
+            fit(training, state, log, functools.partial(_after_step, training, state, gallery, log, request))
     except torch.OutOfMemoryError as error:
         raise LorafuseError(f"{precision.device}: out of memory. {SPARING} ({error})") from error
+    if state.step < training.total_steps:
+        raise Stopped(request.agreed(accelerator), state.step)
     if accelerator.is_main_process:
         _finish(training, gallery)
     accelerator.wait_for_everyone()
@@ -129,27 +156,78 @@ def _prepare(plan: Plan, encodings: Encodings, precision: Precision, accelerator
 def _start_output(config: TrainConfig) -> None:
     """Remove what an earlier run left, except its LoRA, which stays until the new one has been checked."""
     out = config.output_path
-    for path in (*out.glob(f"checkpoint-*/{FILE_NAME}"), *out.glob("samples/step-*.png"), out / "samples.png"):
+    for folder in checkpoints(out):
+        shutil.rmtree(folder)
+    for path in (*out.glob("samples/step-*.png"), out / "samples.png"):
         path.unlink(missing_ok=True)
     text = dump_config(config)
     write_atomically(out / "train_config.yaml", lambda file: file.write_text(text, encoding="utf-8"))
 
 
-def _after_step(training: Training, gallery: Gallery, log: Log | None, step: int) -> None:
-    """Checkpoints and grids along the way; the last step's are made by `_finish`."""
+def _resumed(training: Training) -> LoopState:
+    """The state to train from: a checkpoint's where one is to be continued, else a fresh one."""
+    config, state = training.plan.config, start(training)
+    folder = choose_checkpoint(config.resume_from_checkpoint, config.output_path)
+    if folder:
+        load_checkpoint(folder, state, lora_parameters(training.transformer), _identity(training))
+        say(f"going on from {folder}, step {state.step} of {training.total_steps}")
+    elif config.resume_from_checkpoint:
+        say(f"no checkpoint in {config.output_path}: a fresh start")
+    return state
+
+
+def _identity(training: Training) -> dict[str, Any]:
+    """What a continuation must have in common with the run it continues, for the result to be the same."""
+    plan, config, total = training.plan, training.plan.config, training.total_steps
+    dataset = [(sample.sha256, sample.caption, sample.size) for sample in plan.samples]
+    decisive = (
+        "lora_rank", "lora_alpha", "learning_rate", "train_batch_size", "dataset_repeat", "lr_scheduler", "adam_beta1",
+        "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "weighting_scheme", "logit_mean",
+        "logit_std", "seed",
+    )  # fmt: skip
+    return {name: getattr(config, name) for name in decisive} | {
+        "fused_sha256": plan.base.fused_sha256,
+        "base_dtype": str(plan.base.dtype),
+        "autocast": training.precision.autocast,
+        "dataset_sha256": hashlib.sha256(json.dumps(dataset).encode()).hexdigest(),
+        "target_modules": list(plan.targets.modules),
+        "timestep_shifts": sorted(training.shifts.values()),
+        "micro_batches_per_step": training.order.accumulation * training.order.world,
+        "warmup_steps": config.warmup_steps(total),
+        # A constant rate may go on for longer than was planned; the others depend on where they end.
+        "total_steps": None if config.lr_scheduler.startswith("constant") else total,
+    }
+
+
+def _after_step(training: Training, state: LoopState, gallery: Gallery, log: Log | None, request: StopRequest) -> bool:
+    """Checkpoints and grids along the way; whether to stop, after a signal. `_finish` makes the last grid."""
     config, accelerator = training.plan.config, training.accelerator
-    if step == training.total_steps:
-        return
-    if config.checkpointing_steps and step % config.checkpointing_steps == 0 and accelerator.is_main_process:
-        path = config.output_path / f"checkpoint-{step}" / FILE_NAME
-        save_lora(path, lora_state(training.transformer), _metadata(training, step))
-        say(f"saved {path}")
-    if config.validation_steps and step % config.validation_steps == 0:
+    stop = bool(request.agreed(accelerator))
+    is_last = state.step == training.total_steps
+    due = config.checkpointing_steps and (state.step % config.checkpointing_steps == 0 or is_last)
+    if (due or stop) and accelerator.is_main_process:
+        _save(training, state)
+    if config.validation_steps and state.step % config.validation_steps == 0 and not (is_last or stop):
         if accelerator.is_main_process:
-            gallery.draw(training.transformer, config.output_path / "samples" / f"step-{step}.png")
+            gallery.draw(training.transformer, config.output_path / "samples" / f"step-{state.step}.png")
         accelerator.wait_for_everyone()
     if log:
         log.restart_clock()
+    return stop
+
+
+def _save(training: Training, state: LoopState) -> None:
+    out = training.plan.config.output_path
+    folder = out / f"checkpoint-{state.step}"
+    lora, header = lora_state(training.transformer), _metadata(training, state.step)
+    try:
+        save_checkpoint(folder, state, lora, header, _identity(training))
+    except OSError as error:
+        raise OutputError(
+            f"{folder}: cannot be written ({error.strerror}); earlier checkpoints are complete"
+        ) from error
+    keep_newest(out, training.plan.config.checkpoints_total_limit)
+    say(f"saved {folder}")
 
 
 def _finish(training: Training, gallery: Gallery) -> None:

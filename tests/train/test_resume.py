@@ -1,0 +1,129 @@
+"""Going on later: byte-equal results, honest refusals, and signals that save first."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import save_file
+from train.runs import run, save_world
+
+from lorafuse_common.errors import ConfigError, OutputError
+from lorafuse_train import state, train
+from lorafuse_train.adapter import FILE_NAME
+from lorafuse_train.objective import add_noise
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"train_batch_size": 1, "gradient_accumulation_steps": 2, "lr_warmup_steps": 5},
+        {"lr_scheduler": "cosine"},
+    ],
+    ids=["mid-epoch", "accumulation and warm-up", "cosine"],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(world: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    """7 steps at once, and stopped after 4: the same bytes, the same log but for the seconds."""
+    whole = run(world, tmp_path / "whole", max_train_steps=7, **options)
+    parts = run(world, tmp_path / "parts", max_train_steps=7, checkpointing_steps=2, **options)
+    (parts / FILE_NAME).unlink()  # as if it had been killed in step 5 or 6
+    for step in (6, 7):
+        shutil.rmtree(parts / f"checkpoint-{step}")
+    run(world, parts, max_train_steps=7, resume_from_checkpoint="latest", **options)
+    assert (parts / FILE_NAME).read_bytes() == (whole / FILE_NAME).read_bytes()
+    logs = [[line.split(",")[:3] for line in (out / "log.csv").read_text().splitlines()] for out in (whole, parts)]
+    assert logs[0] == logs[1]
+    assert len(logs[0]) == 8
+
+
+def test_a_finished_run_can_go_on_at_a_constant_rate(world: Path, tmp_path: Path) -> None:
+    whole = run(world, tmp_path / "whole", max_train_steps=5)
+    parts = run(world, tmp_path / "parts", max_train_steps=3, checkpointing_steps=3)
+    run(world, parts, max_train_steps=5, resume_from_checkpoint="latest")
+    assert (parts / FILE_NAME).read_bytes() == (whole / FILE_NAME).read_bytes()
+
+
+def test_another_training_is_not_continued(world: Path, tmp_path: Path) -> None:
+    out = run(world, tmp_path / "out", checkpointing_steps=1)
+    with pytest.raises(ConfigError) as error:
+        run(world, out, resume_from_checkpoint="latest", learning_rate=0.5, gradient_accumulation_steps=2)
+    assert "learning_rate: 0.01 then, 0.5 now" in str(error.value)
+    assert "micro_batches_per_step: 1 then, 2 now" in str(error.value)
+    data = shutil.copytree(world / "data", tmp_path / "data", ignore=shutil.ignore_patterns(".*"))
+    first = min(data.glob("*.txt"), default=data / "metadata.csv")
+    first.write_text(first.read_text().replace("a ", "one ", 1))
+    with pytest.raises(ConfigError, match="dataset_sha256"):
+        run(world, out, resume_from_checkpoint="latest", dataset_base_path=data)
+    with pytest.raises(ConfigError, match=r"no checkpoint there; in .*: checkpoint-1, checkpoint-2, checkpoint-3"):
+        run(world, out, resume_from_checkpoint="checkpoint-9")
+    place = out / "checkpoint-3" / state.STATE_NAME
+    place.write_text(json.dumps(json.loads(place.read_text()))[:-20])
+    with pytest.raises(ConfigError, match="no complete checkpoint"):
+        run(world, out, resume_from_checkpoint="checkpoint-3")
+
+
+def test_latest_without_a_checkpoint_starts_afresh(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run(world, tmp_path / "out", resume_from_checkpoint="latest")
+    assert (out / FILE_NAME).is_file()
+    assert "a fresh start" in capsys.readouterr().out
+
+
+def test_only_the_newest_checkpoints_are_kept(world: Path, tmp_path: Path) -> None:
+    out = run(world, tmp_path / "out", max_train_steps=5, checkpointing_steps=1, checkpoints_total_limit=2)
+    assert [path.name for path in state.checkpoints(out)] == ["checkpoint-4", "checkpoint-5"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_run_goes_on_from_there(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    whole = run(world, tmp_path / "whole", max_train_steps=4)
+    calls = iter(range(100))
+
+    def interrupted(*args: Any) -> Any:
+        if next(calls) == 1:  # in the second step
+            os.kill(os.getpid(), number)
+        return add_noise(*args)
+
+    monkeypatch.setattr("lorafuse_train.loop.add_noise", interrupted)
+    said: list[str] = []
+    handlers = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr("lorafuse_train.cli._complain", said.append)
+    run(world, tmp_path / "parts", max_train_steps=4)
+    assert said == [f"lorafuse-train: {train.Stopped(number, 2)}"]
+    assert train.Stopped(number, 2).status == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+    assert [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)] == handlers
+    out = tmp_path / "parts"
+    assert [path.name for path in state.checkpoints(out)] == ["checkpoint-2"]
+    assert not (out / FILE_NAME).exists()
+    run(world, out, max_train_steps=4, resume_from_checkpoint="latest")
+    assert (out / FILE_NAME).read_bytes() == (whole / FILE_NAME).read_bytes()
+
+
+def test_a_checkpoint_that_fails_half_way_leaves_the_one_before(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = iter(range(100))
+
+    def failing(*args: Any) -> None:
+        save_file(*args)
+        if next(calls) == 1:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lorafuse_train.state.save_file", failing)
+    with pytest.raises(OutputError, match=r"checkpoint-2: cannot be written .No space left on device"):
+        run(world, tmp_path / "out", checkpointing_steps=1)
+    assert [path.name for path in (tmp_path / "out").glob("*checkpoint*")] == ["checkpoint-1"]

@@ -1,0 +1,123 @@
+"""A training that can go on later: LoRA, optimiser and place, in a folder that appears whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lorafuse_common.errors import ConfigError
+from lorafuse_common.publish import publish
+
+from .adapter import FILE_NAME, save_lora
+
+OPTIMIZER_NAME, STATE_NAME = "optimizer.safetensors", "training_state.json"
+LATEST = "latest"
+
+
+@dataclass
+class LoopState:
+    """All that a training changes from step to step, besides the LoRA's weights."""
+
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: Any
+    """One of diffusers' schedules (a `LambdaLR`)."""
+    step: int = 0
+    """Steps done."""
+
+
+def save_checkpoint(
+    folder: Path, state: LoopState, lora: Mapping[str, Tensor], header: Mapping[str, str], identity: Mapping[str, Any]
+) -> None:
+    """Write a checkpoint; until it is complete, nothing has its name.
+
+    `lora` is the LoRA as `adapter.lora_state` gives it, `identity` what a continuation must have in common.
+    """
+    with publish(folder, replace=folder.exists()) as staging:
+        save_lora(staging / FILE_NAME, lora, header)
+        moments = state.optimizer.state_dict()["state"]
+        tensors = {f"{index}.{name}": value for index, values in moments.items() for name, value in values.items()}
+        save_file({name: value.contiguous() for name, value in tensors.items()}, staging / OPTIMIZER_NAME)
+        place = {"step": state.step, "lr_scheduler": state.lr_scheduler.state_dict(), "identity": dict(identity)}
+        (staging / STATE_NAME).write_text(json.dumps(place, indent=1), encoding="utf-8")
+
+
+def load_checkpoint(
+    folder: Path, state: LoopState, parameters: Mapping[str, nn.Parameter], identity: Mapping[str, Any]
+) -> None:
+    """Put a training back to where it was when `folder` was written; `parameters` are the LoRA's, by name in its file.
+
+    Raises:
+        ConfigError: the checkpoint is not complete, or of a training that differs in what decides the result.
+    """
+    try:
+        place = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
+        lora = load_file(folder / FILE_NAME)
+        with safe_open(folder / OPTIMIZER_NAME, "pt") as file:
+            moments = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--resume_from_checkpoint {folder}: is no complete checkpoint ({error})") from error
+    _require_same(folder, place["identity"], json.loads(json.dumps(identity)))
+    for name, parameter in parameters.items():
+        parameter.data.copy_(lora[name])
+    restored: dict[int, dict[str, Tensor]] = {}
+    for name, value in moments.items():
+        index, _, key = name.partition(".")
+        restored.setdefault(int(index), {})[key] = value
+    state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": restored})
+    state.lr_scheduler.load_state_dict(place["lr_scheduler"])
+    for group, rate in zip(state.optimizer.param_groups, state.lr_scheduler.get_last_lr(), strict=True):
+        group["lr"] = rate
+    state.step = place["step"]
+
+
+def _require_same(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    differences = [
+        f"  {name}: {then.get(name)!r} then, {now.get(name)!r} now"
+        for name in sorted({*then, *now})
+        if then.get(name) != now.get(name)
+    ]
+    if differences:
+        raise ConfigError(
+            f"--resume_from_checkpoint {folder}: belongs to another training, whose result would not be continued:\n"
+            + "\n".join(differences)
+            + "\nGive the same options and inputs, or start anew without --resume_from_checkpoint."
+        )
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The complete checkpoints of an output folder, oldest first."""
+    complete = [path for path in out.glob("checkpoint-*") if (path / STATE_NAME).is_file()]
+    return sorted(complete, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def choose_checkpoint(asked: str | None, out: Path) -> Path | None:
+    """The checkpoint that `--resume_from_checkpoint` means; None for a fresh start.
+
+    Raises:
+        ConfigError: the folder that was named is no checkpoint.
+    """
+    if asked is None:
+        return None
+    if asked == LATEST:
+        found = checkpoints(out)
+        return found[-1] if found else None
+    folder = out / asked if (out / asked / STATE_NAME).is_file() else Path(asked)
+    if not (folder / STATE_NAME).is_file():
+        there = ", ".join(path.name for path in checkpoints(out)) or "none"
+        raise ConfigError(f"--resume_from_checkpoint {asked}: no checkpoint there; in {out}: {there}")
+    return folder
+
+
+def keep_newest(out: Path, limit: int | None) -> None:
+    """Remove the oldest checkpoints beyond `limit`."""
+    for path in checkpoints(out)[: -limit if limit else 0]:
+        shutil.rmtree(path)
