@@ -6,6 +6,10 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +131,36 @@ def test_a_checkpoint_that_fails_half_way_leaves_the_one_before(
     with pytest.raises(OutputError, match=r"checkpoint-2: cannot be written .No space left on device"):
         run(world, tmp_path / "out", checkpointing_steps=1)
     assert [path.name for path in (tmp_path / "out").glob("*checkpoint*")] == ["checkpoint-1"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
+def test_a_cancelled_accelerate_launch_saves_and_ends(world: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    launch = ["accelerate", "launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no"]
+    command = [*launch, "--dynamo_backend", "no", "-m", "lorafuse_train", "train", "--max_train_steps", "1000000"]
+    for name, value in (("fused_model", world / "fused"), ("dataset_base_path", world / "data"), ("output_path", out)):
+        command += [f"--{name}", str(value)]
+    path = ":".join(entry for entry in sys.path if entry)
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    running = subprocess.Popen(
+        [str(Path(sys.executable).parent / command[0]), *command[1:]],
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        wait_for(lambda: (out / "log.csv").is_file() and len((out / "log.csv").read_text().splitlines()) > 3)
+        running.send_signal(signal.SIGTERM)
+        running.wait(30)
+        wait_for(lambda: bool(state.checkpoints(out)))
+    finally:
+        running.kill()
+    steps = (out / "log.csv").read_text().splitlines()
+    time.sleep(0.5)
+    assert (out / "log.csv").read_text().splitlines() == steps
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    """Until it is true, or long enough to be sure that it never will be."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.1)

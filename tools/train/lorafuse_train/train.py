@@ -38,7 +38,7 @@ from .options import dump_config
 from .order import Order
 from .plan import Plan, plan_training
 from .precision import Precision, choose_precision
-from .signals import StopRequest, stop_requests
+from .signals import StopRequest, follow_launcher, stop_requests
 from .state import LoopState, checkpoints, choose_checkpoint, keep_newest, load_checkpoint, save_checkpoint
 from .summary import describe_end, describe_run
 
@@ -66,6 +66,7 @@ def run(config: TrainConfig) -> None:
         Stopped: a signal ended it early.
     """
     quiet_libraries()
+    follow_launcher()
     plan = plan_training(config)
     accelerator = _accelerator()
     precision = choose_precision(config, plan.base.dtype, accelerator.device)
