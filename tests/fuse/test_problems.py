@@ -17,6 +17,7 @@ from lorafuse_common.errors import LorafuseError, PlanError
 from lorafuse_common.manifest import read_manifest
 from lorafuse_fuse.fuse import FuseOptions, fuse, require_clean
 from lorafuse_fuse.plan import FusePlan, LoraRequest, ProblemKind, plan_fuse
+from lorafuse_fuse.report import describe_plan
 
 A, B = torch.randn(4, 48), torch.randn(48, 4)
 TO_Q = "transformer_blocks.0.attn.to_q"
@@ -206,3 +207,23 @@ def test_lone_lightning_alpha_is_incomplete(base: Checkpoint, tmp_path: Path) ->
     plan = planned(base, tmp_path, {**GOOD, "transformer_blocks.0.attn.to_v.alpha": torch.tensor(1.0)})
     assert path.exists()
     assert [problem.kind for problem in plan.problems] == [ProblemKind.INCOMPLETE_MODULE]
+
+
+@pytest.mark.parametrize(
+    ("alphas", "says"),
+    [((4.0, 2.0), None), ((4.0, 0.4), "vary between 0.1 and 1"), ((80.0, 4.0), "scale of 20 is unusually large")],
+)
+def test_unusual_scales_are_pointed_out(
+    base: Checkpoint, tmp_path: Path, alphas: tuple[float, float], says: str | None
+) -> None:
+    tensors = {}
+    for module, alpha in zip((TO_Q, "transformer_blocks.0.attn.to_k"), alphas, strict=True):
+        tensors |= {
+            f"{module}.lora_down.weight": A,
+            f"{module}.lora_up.weight": B,
+            f"{module}.alpha": torch.tensor(alpha),
+        }
+    plan = planned(base, tmp_path, tensors)
+    assert not plan.problems
+    assert (says is None and plan.loras[0].suspicion is None) or says in (plan.loras[0].suspicion or "")
+    assert (says or "lora ") in describe_plan(plan)

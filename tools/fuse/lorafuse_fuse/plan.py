@@ -19,6 +19,9 @@ from lorafuse_common.tensorfile import FLOAT_DTYPES
 
 from .causes import likely_cause
 
+LARGEST_SCALE, MOST_VARIATION = 16.0, 8.0
+"""Beyond these, scales are pointed out: files that are meant so were not seen."""
+
 
 class ProblemKind(StrEnum):
     """Why a part of a LoRA cannot be fused as asked."""
@@ -82,6 +85,8 @@ class LoraPlan:
     """The layout of its names."""
     scale: str
     """Where the scale came from, and its values."""
+    suspicion: str | None
+    """What is unusual about the scales, which may still be meant."""
     modules: int
     """Diffusion-transformer modules as the file names them."""
     applied: int
@@ -151,7 +156,7 @@ def _plan_lora(
         match = match_lora(lora, atlas.namespaces)
     except LoraFileError as error:
         problem = Problem(ProblemKind.NOT_A_LORA, name, str(request.path), str(error))
-        return LoraPlan(request, None, None, "", 0, 0, {}, {}, None), [], [problem]
+        return LoraPlan(request, None, None, "", None, 0, 0, {}, {}, None), [], [problem]
     problems = [Problem(ProblemKind.UNREAD_KEY, name, key, "its suffix is not known") for key in lora.unread]
     problems += [
         Problem(ProblemKind.DUPLICATE_KEY, name, key, "its module has this factor already") for key in lora.duplicates
@@ -166,6 +171,7 @@ def _plan_lora(
         dialect=match.dialect.name,
         layout=match.layout,
         scale=_describe_scales(scales),
+        suspicion=_suspicion({patch.scale for _, patch in patches}),
         modules=len({module.stem for module in lora.modules if _is_ours(module, match)}),
         applied=len({patch.module.stem for _, patch in patches}),
         ignored=dict(Counter(p.kind.value for p in problems if p.kind is not ProblemKind.NO_EFFECT)),
@@ -195,6 +201,16 @@ def _plan_modules(
 
 def _is_ours(module: LoraModule, match: Match) -> bool:
     return module.stem in match.targets or not is_other_component(module.stem)
+
+
+def _suspicion(scales: Collection[float]) -> str | None:
+    """Scales that are mostly a trainer's mistake: a wrong alpha after ranks were changed by layer, or rslora twice."""
+    low, high = min(scales, default=1.0), max(scales, default=1.0)
+    if high > LARGEST_SCALE:
+        return f"its scale of {high:g} is unusually large; expect a strength of {1 / high:.2g} to be needed"
+    if high > MOST_VARIATION * low:
+        return f"its scales vary between {low:g} and {high:g} from module to module"
+    return None
 
 
 def _describe_scales(scales: Counter[str]) -> str:

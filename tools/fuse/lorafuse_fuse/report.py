@@ -69,9 +69,10 @@ def describe_plan(plan: FusePlan) -> str:
 def _describe_lora(lora: LoraPlan, base: Checkpoint) -> str:
     names = f", {lora.layout} names" if base.layout and lora.layout != base.layout.name else ""
     passed = "".join(f", {count} x {kind} not applied" for kind, count in lora.ignored.items())
+    suspicion = f"\n       note: {lora.suspicion}" if lora.suspicion else ""
     return (
         f"lora   {lora.request.path.name}: {lora.dialect}{names}, strength {lora.request.strength:g}, "
-        f"scale {lora.scale or '-'}, {lora.applied} of {lora.modules} modules{passed}"
+        f"scale {lora.scale or '-'}, {lora.applied} of {lora.modules} modules{passed}{suspicion}"
     )
 
 
@@ -114,6 +115,7 @@ def plan_json(plan: FusePlan) -> dict[str, Any]:
                 "dialect": lora.dialect,
                 "strength": lora.request.strength,
                 "scale": lora.scale,
+                "suspicion": lora.suspicion,
                 "modules": lora.modules,
                 "applied": lora.applied,
                 "ignored": dict(lora.ignored),
