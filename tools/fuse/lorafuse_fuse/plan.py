@@ -171,7 +171,7 @@ def _plan_lora(
         dialect=match.dialect.name,
         layout=match.layout,
         scale=_describe_scales(scales),
-        suspicion=_suspicion({patch.scale for _, patch in patches}),
+        suspicion=_suspicion({patch.scale for _, patch in patches if "down" in patch.module.factors}),
         modules=len({module.stem for module in lora.modules if _is_ours(module, match)}),
         applied=len({patch.module.stem for _, patch in patches}),
         ignored=dict(Counter(p.kind.value for p in problems if p.kind is not ProblemKind.NO_EFFECT)),
