@@ -20,7 +20,7 @@ from lorafuse_common.dialects.diffsynth import DIFFSYNTH
 from lorafuse_common.dialects.lightning import LIGHTNING
 from lorafuse_common.errors import ConfigError
 from lorafuse_common.manifest import read_manifest, verify_manifest
-from lorafuse_fuse import carry, cli, execute
+from lorafuse_fuse import carry, cli, execute, stream
 from lorafuse_fuse.plan import LoraRequest
 
 Run = Callable[..., tuple[int, str, str]]
@@ -275,20 +275,21 @@ def test_reflinks_fall_back(tmp_path: Path) -> None:
     assert (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes()
 
 
+@pytest.mark.parametrize(("owner", "name"), [(execute, "_edit"), (stream.Stream, "_emit")])
 def test_an_error_while_writing_leaves_nothing(
-    run: Run, tmp_path: Path, lora: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: Path, lora: Path, monkeypatch: pytest.MonkeyPatch, owner: object, name: str
 ) -> None:
+    """In the main thread and in the one that writes."""
     base = save_model(tmp_path / "base", sharded=True)
     before = hashes(base)
-    calls = iter(range(100))
+    calls, original = iter(range(100)), getattr(owner, name)
 
     def failing(*args: object) -> object:
         if next(calls) == 2:
             raise OSError(28, "No space left on device")
-        return edit(*args)  # type: ignore[arg-type]
+        return original(*args)
 
-    edit = execute._edit
-    monkeypatch.setattr(execute, "_edit", failing)
+    monkeypatch.setattr(owner, name, failing)
     code, _, err = run("fuse", base, "--lora", lora, "--out", tmp_path / "out")
     assert code == 1
     assert "No space left on device" in err

@@ -24,6 +24,7 @@ from lorafuse_common.dialects.diffusers import DIFFUSERS
 from lorafuse_common.dialects.kohya import KOHYA
 from lorafuse_common.families import FAMILIES, family_named
 from lorafuse_common.naming import Family, Layout
+from lorafuse_fuse import execute
 from lorafuse_fuse.fuse import FuseOptions, fuse, require_clean
 from lorafuse_fuse.plan import LoraRequest, ProblemKind, plan_fuse
 
@@ -159,7 +160,10 @@ def test_xlabs_names(tmp_path: Path) -> None:
     torch.testing.assert_close(result, expected)
 
 
-def test_a_lone_part_changes_its_own_rows_only(tmp_path: Path) -> None:
+@pytest.mark.parametrize("block", [1, 12, 1 << 20])
+def test_a_lone_part_changes_its_own_rows_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    """Whichever way the part's rows fall on blocks."""
+    monkeypatch.setattr(execute, "EDIT_BLOCK_ELEMENTS", block)
     qkv = torch.randn(3 * 8, 4)
     names = ("layers.0.attention.qkv.weight", "layers.0.adaLN_modulation.0.weight")
     base = write_base(tmp_path / "base.safetensors", dict.fromkeys(names, qkv))

@@ -19,6 +19,8 @@ from lorafuse_common.dialects.diffsynth import DIFFSYNTH
 from lorafuse_common.dialects.diffusers import DIFFUSERS
 from lorafuse_common.dialects.lightning import LIGHTNING
 from lorafuse_common.dialects.peft import PEFT
+from lorafuse_common.manifest import read_manifest, verify_manifest
+from lorafuse_fuse import execute, stream
 from lorafuse_fuse.fuse import FuseOptions, fuse, require_clean
 from lorafuse_fuse.plan import LoraRequest, plan_fuse
 
@@ -87,6 +89,22 @@ def test_dtypes_and_shards(tmp_path: Path, dtype: torch.dtype, sharded: bool) ->
     assert all(torch.equal(before[name], after[name]) for name in untouched)
     loaded = QwenImageTransformer2DModel.from_pretrained(out, dtype=dtype)
     assert all(torch.equal(value, after[name]) for name, value in loaded.state_dict().items())
+
+
+def test_blocks_of_any_size_give_the_same_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors cut into many blocks, even smaller than a row, by more blocks than there are buffers."""
+    base = save_model(tmp_path / "base", sharded=True)
+    factors = make_factors()
+    lora = write_lora(tmp_path / "x.safetensors", factors, LIGHTNING, 2.0)
+    for name, edit, copy in (("small", 700, 512), ("row", 1, 10)):
+        monkeypatch.setattr(execute, "EDIT_BLOCK_ELEMENTS", edit)
+        for module in (execute, stream):
+            monkeypatch.setattr(module, "COPY_BLOCK_BYTES", copy)
+        out = run_fuse(base, {lora: 1.0}, tmp_path / name)
+        assert_same(weights(out), expected(base, [(factors, 0.5)]))
+        manifest = read_manifest(out)
+        assert manifest
+        verify_manifest(out, manifest, hashes=True)
 
 
 def test_several_loras_are_summed_and_rounded_once(tmp_path: Path) -> None:

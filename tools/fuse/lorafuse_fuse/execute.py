@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
@@ -20,6 +18,7 @@ from lorafuse_common.tensorfile import FLOAT_DTYPES, TensorFile, TensorRef, enco
 
 from .blocks import COPY_BLOCK_BYTES, EDIT_BLOCK_ELEMENTS
 from .plan import FusePlan, Patch, Problem, ProblemKind
+from .stream import Stream
 
 Progress = Callable[[int], object]
 
@@ -69,9 +68,8 @@ def write_fused(
     Raises:
         CheckpointError: the source ended early, or a fused value is not finite.
     """
-    with source.path.open("rb", buffering=0) as reading, out.open("xb", buffering=0) as writing, _one_thread():
-        stream = _Stream(source.path, reading, writing, progress)
-        header = encode_header(source, metadata)
+    header = encode_header(source, metadata)
+    with Stream(source.path, out, progress) as stream, _one_thread():
         stream.replace(source.data_start, header)
         changes = []
         for ref in source.tensors.values():
@@ -94,53 +92,15 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class _Stream:
-    """Reads one file and writes another in step, through one buffer, hashing both."""
-
-    def __init__(self, path: Path, reading: BinaryIO, writing: BinaryIO, progress: Progress) -> None:
-        self._path, self._reading, self._writing, self._progress = path, reading, writing, progress
-        self._buffer = bytearray(COPY_BLOCK_BYTES)
-        self.source_hash, self.output_hash = hashlib.sha256(), hashlib.sha256()
-
-    def read(self, count: int) -> memoryview:
-        """The next `count` bytes, to be changed in place; valid until the next read."""
-        if count > len(self._buffer):
-            self._buffer = bytearray(count)
-        block, at = memoryview(self._buffer)[:count], 0
-        while at < count:
-            got = self._reading.readinto(block[at:])  # type: ignore[attr-defined]
-            if not got:
-                raise CheckpointError(f"{self._path}: ended early; did it change while it was read?")
-            at += got
-        self.source_hash.update(block)
-        return block
-
-    def write(self, block: memoryview) -> None:
-        """Write what `read` gave, as it is now."""
-        self._emit(block)
-        self._progress(len(block))
-
-    def replace(self, count: int, data: bytes) -> None:
-        """Read `count` bytes and write `data` in their place."""
-        while count:
-            count -= len(self.read(min(count, COPY_BLOCK_BYTES)))
-        self._emit(memoryview(data))
-
-    def _emit(self, data: memoryview) -> None:
-        self.output_hash.update(data)
-        while data:
-            data = data[self._writing.write(data) :]
-
-
-def _copy(stream: _Stream, ref: TensorRef) -> None:
+def _copy(stream: Stream, ref: TensorRef) -> None:
     left = ref.nbytes
     while left:
-        block = stream.read(min(left, COPY_BLOCK_BYTES))
-        stream.write(block)
-        left -= len(block)
+        piece = stream.read(min(left, COPY_BLOCK_BYTES))
+        stream.write(piece)
+        left -= len(piece.data)
 
 
-def _edit(stream: _Stream, ref: TensorRef, patches: Sequence[Patch]) -> TensorChange:
+def _edit(stream: Stream, ref: TensorRef, patches: Sequence[Patch]) -> TensorChange:
     """`W' = round(W + sum_i D_i(W))`, deltas summed in fp32 (fp64 for fp64 weights), by blocks of rows."""
     dtype: torch.dtype = getattr(torch, FLOAT_DTYPES[ref.dtype])
     work = torch.float64 if dtype is torch.float64 else torch.float32
@@ -150,13 +110,14 @@ def _edit(stream: _Stream, ref: TensorRef, patches: Sequence[Patch]) -> TensorCh
     adder = _Adder(step, columns, work)
     for start in range(0, rows, step):
         stop = min(rows, start + step)
-        block = stream.read((stop - start) * ref.nbytes // rows)
-        weight = torch.frombuffer(block, dtype=dtype).view(stop - start, columns)
+        piece = stream.read((stop - start) * ref.nbytes // rows)
+        weight = torch.frombuffer(piece.data, dtype=dtype).view(stop - start, columns)
         before, delta = adder.load(weight)
         for patch, tensors in zip(patches, factors, strict=True):
             _add_rows(patch, tensors, start, before, delta)
+        piece.hashed.result()
         adder.store(weight)
-        stream.write(block)
+        stream.write(piece)
     return adder.change(ref)
 
 

@@ -133,10 +133,10 @@ def plan_json(plan: FusePlan) -> dict[str, Any]:
 
 def peak_memory_bytes(plan: FusePlan) -> int:
     """An estimate from headers: the runtime, the blocks, and the factors of the widest edited tensor in fp32."""
-    from .blocks import COPY_BLOCK_BYTES, EDIT_BLOCK_ELEMENTS
+    from .blocks import BUFFERS, COPY_BLOCK_BYTES, EDIT_BLOCK_ELEMENTS
 
     widest_row = max((ref.numel // ref.shape[0] for ref in plan.base.modules.values() if 0 not in ref.shape), default=0)
-    blocks = max(COPY_BLOCK_BYTES * 2, 6 * 4 * max(EDIT_BLOCK_ELEMENTS, widest_row))
+    blocks = BUFFERS * COPY_BLOCK_BYTES + 3 * 4 * max(EDIT_BLOCK_ELEMENTS, widest_row)
     factors = max(
         (
             sum(2 * 4 * ref.numel for patch in patches for ref in patch.module.factors.values())
