@@ -16,7 +16,7 @@ ELSEWHERE = {
     "--local-dir",  # hf download
     "--multi_gpu", "--num_processes",  # accelerate launch
     "--preset_lora_path", "--preset_lora_model", "--model_paths", "--model_id_with_origin_paths",  # DiffSynth-Studio
-    "--stage",  # the demo's maker
+    "--stage", "--threads",  # the demo's maker
     "--help", "--strict",
 }  # fmt: skip
 
