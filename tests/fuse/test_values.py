@@ -191,12 +191,15 @@ def test_convolutions(tmp_path: Path) -> None:
 def test_survival_figures_follow_their_definition(tmp_path: Path) -> None:
     base = save_model(tmp_path / "base")
     factors = make_factors(size=0.02)
-    lora = write_lora(tmp_path / "x.safetensors", factors, DIFFSYNTH)
+    untrained = {"proj_out": (torch.ones(4, 48), torch.zeros(16, 4))}
+    lora = write_lora(tmp_path / "x.safetensors", {**factors, **untrained}, DIFFSYNTH)
     plan = plan_fuse(open_checkpoint(base), [LoraRequest(lora)])
-    changes = fuse(plan, FuseOptions(tmp_path / "out")).manifest.changes
+    changes = {change.name: change for change in fuse(plan, FuseOptions(tmp_path / "out")).manifest.changes}
+    idle = changes.pop("proj_out.weight")
+    assert (idle.delta_rms, idle.loss, idle.gain) == (0.0, 0.0, 1.0)
     before, after = weights(base), weights(tmp_path / "out")
     assert len(changes) == len(MODULES)
-    for change in changes:
+    for change in changes.values():
         weight, fused = before[change.name].double(), after[change.name].double()
         down, up = factors[change.name.removesuffix(".weight")]
         delta = up.double() @ down.double()

@@ -164,11 +164,9 @@ class _Adder:
                 f"{ref.file}: {ref.name}: the fused values are not finite: the base holds NaN or Inf, "
                 f"or the sum exceeds what {ref.dtype} can hold. Check the base, or lower the strengths."
             )
-        norm = max(self._delta, 1e-300)
-        figures = (
-            (self._weight / ref.numel) ** 0.5, (self._delta / ref.numel) ** 0.5,
-            (self._error / norm) ** 0.5, self._kept / norm,
-        )  # fmt: skip
+        # A module that was never trained has no delta, and loses nothing of it.
+        loss, gain = ((self._error / self._delta) ** 0.5, self._kept / self._delta) if self._delta else (0.0, 1.0)
+        figures = ((self._weight / ref.numel) ** 0.5, (self._delta / ref.numel) ** 0.5, loss, gain)
         return TensorChange(ref.name, *(float(f"{figure:.4g}") for figure in figures))
 
 
