@@ -13,6 +13,10 @@ class LoraFileError(LorafuseError):
     """A LoRA file that cannot be read at all."""
 
 
+class NotALoraError(LoraFileError):
+    """A readable safetensors file without a single LoRA factor."""
+
+
 class ManifestError(LorafuseError):
     """A `lorafuse.json` that is broken, or whose checkpoint does not match it."""
 

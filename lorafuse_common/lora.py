@@ -11,7 +11,7 @@ from typing import NamedTuple
 from .algebras import UNSUPPORTED
 from .crossing import Namespace
 from .dialects import DIALECTS, Dialect, split_key
-from .errors import CheckpointError, LoraFileError
+from .errors import CheckpointError, LoraFileError, NotALoraError
 from .families import FAMILIES
 from .naming import Family, Layout, Parts, candidates
 from .scale import AdapterConfig, read_adapter_config
@@ -65,7 +65,8 @@ def read_lora(path: Path) -> LoraFile:
     """Read a LoRA's header, its alphas and its adapter configuration; no factor is read.
 
     Raises:
-        LoraFileError: it is missing, no safetensors file, no LoRA, or its scale information is broken.
+        NotALoraError: it holds no LoRA factor.
+        LoraFileError: it is missing, no safetensors file, or its scale information is broken.
     """
     if path.is_dir():
         raise LoraFileError(f"{path}: is a folder; give the LoRA's .safetensors file{_files_in(path)}")
@@ -85,7 +86,7 @@ def read_lora(path: Path) -> LoraFile:
             duplicates.append(key)
         roles.setdefault(parted.role, ref)
     if not any(set(roles) - {"alpha"} for roles in stems.values()):
-        raise LoraFileError(
+        raise NotALoraError(
             f"{path}: is no LoRA: none of its {len(source.tensors)} tensors is a LoRA factor"
             f"{f' (first: {unread[0]})' if unread else ''}. A full checkpoint belongs in BASE."
         )

@@ -335,6 +335,18 @@ def test_chains_remember_their_parents(run: Run, tmp_path: Path, lora: Path) -> 
     verify_manifest(tmp_path / "two", second, hashes=True)
 
 
+def test_a_fused_base_must_be_what_its_manifest_says(run: Run, tmp_path: Path, lora: Path) -> None:
+    assert run("fuse", save_model(tmp_path / "base"), "--lora", lora, "--out", tmp_path / "one")[0] == 0
+    save_model(tmp_path / "other", seed=7)
+    (tmp_path / "other" / "diffusion_pytorch_model.safetensors").replace(
+        tmp_path / "one" / "diffusion_pytorch_model.safetensors"
+    )
+    code, _, err = run("fuse", tmp_path / "one", "--lora", lora, "--out", tmp_path / "two")
+    assert code == 1
+    assert "changed after it was fused" in err
+    assert not (tmp_path / "two").exists()
+
+
 def test_schedules(run: Run, tmp_path: Path) -> None:
     base = save_model(tmp_path / "base")
     stated = {"few_step_schedule": json.dumps({"sigmas": [1.0, 0.75], "guidance_scale": 1.0})}
@@ -412,6 +424,10 @@ def test_inspect(run: Run, tmp_path: Path, lora: Path) -> None:
     assert code == 0
     assert "lora.safetensors: lightning" in out
     assert run("inspect", tmp_path / "absent")[0] == 1
+    (tmp_path / "adapter_config.json").write_text("{}")  # a LoRA with a broken side file is no checkpoint
+    code, _, err = run("inspect", lora)
+    assert code == 1
+    assert "adapter_config.json is no LoRA configuration" in err
 
 
 def test_a_repeat_hashes_nothing_again(run: Run, tmp_path: Path, lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,6 +71,12 @@ def test_another_training_is_not_continued(world: Path, tmp_path: Path) -> None:
         run(world, out, resume_from_checkpoint="latest", dataset_base_path=data)
     with pytest.raises(ConfigError, match=r"no checkpoint there; in .*: checkpoint-1, checkpoint-2, checkpoint-3"):
         run(world, out, resume_from_checkpoint="checkpoint-9")
+    with pytest.raises(ConfigError, match="has done 3 steps, more than the 2"):
+        run(world, out, resume_from_checkpoint="latest", max_train_steps=2)
+    moments = out / "checkpoint-2" / state.OPTIMIZER_NAME
+    moments.write_bytes(moments.read_bytes()[:-20])
+    with pytest.raises(ConfigError, match="no complete checkpoint"):
+        run(world, out, resume_from_checkpoint="checkpoint-2")
     place = out / "checkpoint-3" / state.STATE_NAME
     place.write_text(json.dumps(json.loads(place.read_text()))[:-20])
     with pytest.raises(ConfigError, match="no complete checkpoint"):

@@ -192,7 +192,7 @@ def _write(plan: FusePlan, options: FuseOptions, staging: Path) -> Manifest:
         schedule=options.schedule,
         outputs=tuple(outputs[path] for path in sorted(outputs, key=str)),
         changes=tuple(change for done in written for change in done.changes),
-        parent=record_parent(base),
+        parent=record_parent(base, sources),
     )
 
 

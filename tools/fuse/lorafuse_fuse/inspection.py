@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -10,11 +11,11 @@ from typing import Any
 
 from lorafuse_common.algebras import UNSUPPORTED, algebra_of
 from lorafuse_common.checkpoint import Checkpoint, open_checkpoint
-from lorafuse_common.errors import LoraFileError
+from lorafuse_common.errors import NotALoraError
 from lorafuse_common.lora import LoraFile, LoraModule, guess_dialect, guess_families, is_other_component, read_lora
 from lorafuse_common.manifest import read_manifest
 from lorafuse_common.scale import ScaleConflictError, resolve_scale
-from lorafuse_common.tensorfile import TensorRef, read_header
+from lorafuse_common.tensorfile import TensorRef
 
 
 def inspect_path(path: Path, component: str | None = None) -> dict[str, Any]:
@@ -24,11 +25,8 @@ def inspect_path(path: Path, component: str | None = None) -> dict[str, Any]:
         LorafuseError: it is none of them.
     """
     if path.is_file():
-        read_header(path)  # a broken file gets its own message, not "is no LoRA"
-        try:
+        with contextlib.suppress(NotALoraError):  # then it is a checkpoint
             return _lora_facts(read_lora(path))
-        except LoraFileError:
-            pass  # not a LoRA: then it is a checkpoint
     facts = _checkpoint_facts(open_checkpoint(path, component))
     manifest = read_manifest(path) if path.is_dir() else None
     if manifest:

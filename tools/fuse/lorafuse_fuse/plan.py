@@ -244,7 +244,9 @@ def _plan_module(base: Checkpoint, atlas: Atlas, lora: LoraFile, match: Match, m
     shape = target_shape(target.parts, places)
     if shape is None:
         lacking = ", ".join(f"{part}.{module.parameter}" for part in target.parts.names if part not in places)
-        return problem(ProblemKind.NO_SUCH_MODULE, f"the base lacks {lacking}")
+        if lacking:
+            return problem(ProblemKind.NO_SUCH_MODULE, f"the base lacks {lacking}")
+        return problem(ProblemKind.SHAPE_MISMATCH, f"its parts {target.parts.names} have different widths in the base")
     runs = runs_of(target.parts, shape[0], places)
     if (misfit := algebra.misfit(shapes, shape)) or runs is None:
         return problem(ProblemKind.SHAPE_MISMATCH, misfit or f"its parts {target.parts.names} have other sizes")

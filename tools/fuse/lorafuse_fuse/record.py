@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from lorafuse_common.checkpoint import Checkpoint, side_files
-from lorafuse_common.errors import ConfigError
+from lorafuse_common.errors import CheckpointError, ConfigError
 from lorafuse_common.hashing import sha256_of
-from lorafuse_common.manifest import FileRecord, FusedLora, Manifest, Parent, Schedule, read_manifest
+from lorafuse_common.manifest import MANIFEST_NAME, FileRecord, FusedLora, Manifest, Parent, Schedule, read_manifest
 
 from .plan import LoraPlan, ProblemKind
 
@@ -52,10 +52,23 @@ def record_lora(plan: LoraPlan) -> FusedLora:
     )
 
 
-def record_parent(base: Checkpoint) -> Parent | None:
-    """The recipe of a base that is itself a fused checkpoint."""
+def record_parent(base: Checkpoint, digests: Mapping[Path, str]) -> Parent | None:
+    """The recipe of a base that is itself a fused checkpoint; `digests` are those of its weight files as just read.
+
+    Raises:
+        CheckpointError: the weights are no longer those that its manifest describes.
+    """
     manifest = base_manifest(base)
-    return Parent(manifest.fused_sha256, manifest.loras, manifest.parent) if manifest else None
+    if manifest is None:
+        return None
+    recorded = {record.path: record.sha256 for record in manifest.outputs}
+    changed = [str(path) for path, digest in digests.items() if recorded.get(path.as_posix(), digest) != digest]
+    if changed:
+        raise CheckpointError(
+            f"{base.root}: {', '.join(changed)} changed after it was fused, so its {MANIFEST_NAME} no longer says what "
+            "is in it. Fuse it again, or remove the manifest to take it as an ordinary base."
+        )
+    return Parent(manifest.fused_sha256, manifest.loras, manifest.parent)
 
 
 def base_manifest(base: Checkpoint) -> Manifest | None:

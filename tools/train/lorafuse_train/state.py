@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -63,7 +63,7 @@ def load_checkpoint(
         lora = load_file(folder / FILE_NAME)
         with safe_open(folder / OPTIMIZER_NAME, "pt") as file:
             moments = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"--resume_from_checkpoint {folder}: is no complete checkpoint ({error})") from error
     _require_same(folder, place["identity"], json.loads(json.dumps(identity)))
     for name, parameter in parameters.items():

@@ -171,6 +171,11 @@ def _resumed(training: Training) -> LoopState:
     folder = choose_checkpoint(config.resume_from_checkpoint, config.output_path)
     if folder:
         load_checkpoint(folder, state, lora_parameters(training.transformer), _identity(training))
+        if state.step > training.total_steps:
+            raise ConfigError(
+                f"--resume_from_checkpoint {folder}: has done {state.step} steps, more than the {training.total_steps} "
+                "of this run; raise --max_train_steps or --num_epochs, or name an earlier checkpoint"
+            )
         say(f"going on from {folder}, step {state.step} of {training.total_steps}")
     elif config.resume_from_checkpoint:
         say(f"no checkpoint in {config.output_path}: a fresh start")
