@@ -35,11 +35,6 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
-def family_named(name: str) -> Family:
-    """The family of that name; KeyError where there is none."""
-    return {family.name: family for family in FAMILIES}[name]
-
-
 def family_of_class(class_name: str) -> Family | None:
     """The family whose transformer class diffusers calls `class_name`."""
     return next((family for family in FAMILIES if class_name in family.transformer_classes), None)

@@ -12,7 +12,8 @@ import torch
 from conftest import ROOT
 
 from lorafuse_common.dialects import DIALECTS, Dialect, split_key
-from lorafuse_common.families import FAMILIES, family_named, family_of_suffixes
+from lorafuse_common.families import FAMILIES, family_of_suffixes
+from lorafuse_common.families.wan import WAN
 from lorafuse_common.naming import Family, candidates, identify
 
 LISTINGS = ROOT.parent / "shared" / "lora_keys"
@@ -61,7 +62,7 @@ def test_presets_name_modules(family: Family) -> None:
 
 
 def test_the_origins_example_is_recognised_as_wan() -> None:
-    assert family_of_suffixes(["q", "k", "v", "o", "ffn.0", "ffn.2"]) is family_named("wan")
+    assert family_of_suffixes(["q", "k", "v", "o", "ffn.0", "ffn.2"]) is WAN
     assert family_of_suffixes(["nonsense"]) is None
 
 

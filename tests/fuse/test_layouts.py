@@ -22,7 +22,8 @@ from lorafuse_common.checkpoint import Checkpoint, open_checkpoint
 from lorafuse_common.dialects.comfy import COMFY
 from lorafuse_common.dialects.diffusers import DIFFUSERS
 from lorafuse_common.dialects.kohya import KOHYA
-from lorafuse_common.families import FAMILIES, family_named
+from lorafuse_common.families import FAMILIES
+from lorafuse_common.families.flux import FLUX
 from lorafuse_common.naming import Family, Layout
 from lorafuse_fuse import execute
 from lorafuse_fuse.fuse import FuseOptions, fuse, require_clean
@@ -136,9 +137,8 @@ def test_fusing_commutes_with_diffusers_conversion(tmp_path: Path, family: Famil
 
 def test_xlabs_names(tmp_path: Path) -> None:
     """XLabs' own vocabulary onto FLUX.1; its single-block LoRAs leave the MLP's rows of linear1 alone."""
-    flux = family_named("flux")
-    rows = part_rows(flux)
-    weights = {f"{m}.weight": column(m, count) for m, count in module_rows(flux, flux.layouts[1], rows).items()}
+    rows = part_rows(FLUX)
+    weights = {f"{m}.weight": column(m, count) for m, count in module_rows(FLUX, FLUX.layouts[1], rows).items()}
     stems = {
         "double_blocks.0.processor.qkv_lora1": "double_blocks.0.img_attn.qkv",
         "double_blocks.0.processor.qkv_lora2": "double_blocks.0.txt_attn.qkv",

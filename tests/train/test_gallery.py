@@ -79,14 +79,13 @@ def test_a_row_does_not_depend_on_how_many_are_drawn_at_once(at_once: int, monke
 
 
 def test_rows_that_cannot_change_are_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lorafuse_common.families import family_named
+    from lorafuse_common.families.qwen_image import QWEN_IMAGE
     from lorafuse_train.adapter import attach
 
     folder = tiny.save_pipeline(tmp_path / "base")
     transformer = tiny.pipeline().transformer.requires_grad_(False)
-    family = family_named("qwen_image")
-    attach(transformer, resolve_targets(transformer, family, "to_q"), config(lora_rank=2))
-    base = Base(folder, folder / "transformer", folder, family, {}, torch.float32, None, "")
+    attach(transformer, resolve_targets(transformer, QWEN_IMAGE, "to_q"), config(lora_rank=2))
+    base = Base(folder, folder / "transformer", folder, QWEN_IMAGE, {}, torch.float32, None, "")
     encoded = {"embeds": torch.randn(3, 16)}
     prompts = Prompts(("a",), (encoded,), encoded, (torch.randn(4, 4, 4),))
     schedules = (Schedule((1.0,), 1.0), Schedule((1.0, 0.5), 2.0))

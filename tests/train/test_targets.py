@@ -8,13 +8,11 @@ from torch import nn
 from train import tiny
 
 from lorafuse_common.errors import ConfigError
-from lorafuse_common.families import family_named
+from lorafuse_common.families.qwen_image import QWEN_IMAGE
 from lorafuse_train.adapter import attach
 from lorafuse_train.options import resolve_config
 from lorafuse_train.recipes.qwen_image import QwenImage
 from lorafuse_train.targets import Targets, meta_model, resolve_targets
-
-QWEN = family_named("qwen_image")
 
 
 @pytest.fixture(scope="module")
@@ -24,14 +22,14 @@ def model() -> nn.Module:
 
 
 def resolve(model: nn.Module, patterns: str) -> Targets:
-    return resolve_targets(model, QWEN, patterns)
+    return resolve_targets(model, QWEN_IMAGE, patterns)
 
 
 def test_the_preset_leaves_out_what_cannot_learn(model: nn.Module) -> None:
     assert next(model.parameters()).is_meta
     targets = resolve(model, "preset")
     assert dict(targets.counts) == {
-        name: 2 if name in ("add_q_proj", "to_add_out", "txt_mlp.net.2") else 3 for name in QWEN.lora_targets
+        name: 2 if name in ("add_q_proj", "to_add_out", "txt_mlp.net.2") else 3 for name in QWEN_IMAGE.lora_targets
     }
     assert targets.idle == (
         "transformer_blocks.2.attn.add_q_proj",
@@ -66,7 +64,7 @@ def test_wan_names_on_qwen_image_say_so(model: nn.Module) -> None:
         resolve(model, "q,k,v,o,ffn.0,ffn.2")
     message = str(caught.value)
     assert "q, k, v, o, ffn.0, ffn.2: no module of this Qwen-Image is so named. These are Wan names." in message
-    assert f"--lora_target_modules {','.join(QWEN.lora_targets)}" in message
+    assert f"--lora_target_modules {','.join(QWEN_IMAGE.lora_targets)}" in message
 
 
 def test_one_wrong_name_among_right_ones_is_an_error(model: nn.Module) -> None:
@@ -92,4 +90,4 @@ def test_the_idle_modules_are_exactly_those_without_a_gradient() -> None:
         for name, parameter in transformer.named_parameters()
         if "lora_B" in name and (parameter.grad is None or not parameter.grad.any())
     }
-    assert silent == {template.format(last=1) for template in QWEN.idle_modules}
+    assert silent == {template.format(last=1) for template in QWEN_IMAGE.idle_modules}

@@ -90,11 +90,11 @@ def fuse(plan: FusePlan, options: FuseOptions) -> FuseResult:
     _check_space(plan, options)
     from .execute import check_factors
 
+    before = _identities(plan)
     problems = check_factors(plan)
     if stopping := blocking(problems, options.allowed):
         raise PlanError(describe_problems(plan, stopping))
     plan = without_damaged(plan, problems)
-    before = _identities(plan)
     try:
         with publish(options.out, replace=options.out.exists()) as staging:
             manifest = _write(plan, options, staging)

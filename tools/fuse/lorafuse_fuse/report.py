@@ -13,7 +13,7 @@ from .progress import size_text
 
 _NAMES_SHOWN = 3
 _RUNTIME_BYTES = 300 << 20
-"""Python and torch themselves, measured as the resident size after their import."""
+"""Python and torch (220 MB once imported) with what their allocators keep; set so that the estimate is not exceeded."""
 _ADVICE = {
     ProblemKind.NO_SUCH_MODULE: "Check that the LoRA is for this model.",
     ProblemKind.SHAPE_MISMATCH: "Check that the LoRA is for this size of the model.",
