@@ -1,8 +1,8 @@
 """The registry of update rules; a new one is a file here and an entry in `ALGEBRAS`."""
 
-from collections.abc import Collection
+from collections.abc import Mapping
 
-from .algebra import Algebra, Block
+from .algebra import Algebra, Block, Shape, Weight
 from .diff import DIFF
 from .dora import DORA
 from .loha import LOHA
@@ -26,9 +26,9 @@ UNSUPPORTED = {
 """Roles that are recognised but that no algebra here computes -> what to call them."""
 
 
-def algebra_of(roles: Collection[str]) -> Algebra | None:
-    """The one update rule that these roles make complete; None where none does."""
-    return next((algebra for algebra in ALGEBRAS if algebra.claims(frozenset(roles))), None)
+def algebra_of(shapes: Mapping[str, Shape]) -> Algebra | None:
+    """The one update rule that these factors (role -> shape, without alpha) make complete; None where none does."""
+    return next((algebra for algebra in ALGEBRAS if algebra.claims(shapes)), None)
 
 
-__all__ = ["ALGEBRAS", "UNSUPPORTED", "Algebra", "Block", "algebra_of"]
+__all__ = ["ALGEBRAS", "UNSUPPORTED", "Algebra", "Block", "Shape", "Weight", "algebra_of"]

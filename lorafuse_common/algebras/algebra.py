@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -25,6 +25,22 @@ class Block(NamedTuple):
     """Where deltas are summed, same shape."""
 
 
+class Weight(Protocol):
+    """The whole weight that a module stands for, as it is in the base, gathered from wherever the base keeps its rows.
+
+    A fused module of a LoRA (`qkv`) has one weight of all its rows, even where the base keeps them in three tensors.
+    """
+
+    @property
+    def shape(self) -> Shape:
+        """`(out, in, *kernel)`, or `(n,)` for a bias or norm."""
+        ...
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Some of its rows, read from the base: `(stop - start, in * kernel)` in fp32 (fp64 for fp64 weights)."""
+        ...
+
+
 class Algebra(Protocol):
     """One update rule; a delta is a function of the factors, the scale, the strength and the base."""
 
@@ -33,17 +49,27 @@ class Algebra(Protocol):
         """`lora`."""
         ...
 
-    def claims(self, roles: Set[str]) -> bool:
-        """Whether a module with exactly these roles is complete under this rule."""
+    def claims(self, shapes: Mapping[str, Shape]) -> bool:
+        """Whether a module with exactly these roles (alpha left out) is complete under this rule."""
         ...
 
     def rank(self, shapes: Mapping[str, Shape]) -> int | None:
-        """The rank that alpha is divided by; None where the rule takes no notice of alpha."""
+        """The rank that alpha is divided by; None where the rule does not scale by alpha."""
         ...
 
     def misfit(self, shapes: Mapping[str, Shape], base: Shape) -> str | None:
         """Why these factors do not fit a weight of shape `base`, from shapes alone; None where they do."""
         ...
+
+    def prepare(
+        self, factors: Mapping[str, torch.Tensor], weight: Weight, scale: float, alpha: float | None
+    ) -> Mapping[str, torch.Tensor]:
+        """What `add_delta` is given as factors, once for each tensor that a module changes.
+
+        A rule whose rows depend on other rows than their own looks at the whole weight here; others need not define it.
+        `alpha` is what the file says, for rules that mean something else by it than a scale.
+        """
+        return factors
 
     def add_delta(self, factors: Mapping[str, torch.Tensor], block: Block, scale: float, strength: float) -> None:
         """Add the block's rows of the delta to `block.delta` in place; `factors` have the dtype of the block."""

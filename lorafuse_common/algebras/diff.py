@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .algebra import Block, Shape
+from .algebra import Algebra, Block, Shape
 
 if TYPE_CHECKING:
     import torch
 
 
 @dataclass(frozen=True, slots=True)
-class Diff:
+class Diff(Algebra):
     """`diff` has the shape of the weight, bias, norm or modulation that it changes."""
 
     name: str = "diff"
 
-    def claims(self, roles: Set[str]) -> bool:
+    def claims(self, shapes: Mapping[str, Shape]) -> bool:
         """The difference and nothing else."""
-        return roles == {"diff"}
+        return shapes.keys() == {"diff"}
 
     def rank(self, shapes: Mapping[str, Shape]) -> None:
         """Alpha has no meaning here."""

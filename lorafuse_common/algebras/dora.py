@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .algebra import Block, Shape
+from .algebra import Algebra, Block, Shape
 from .lora import LORA
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Dora:
+class Dora(Algebra):
     """`V = W + scale * B @ A`, `W1 = m * V / |V|` by rows, `D = W1 - W`; the norm is the merged weight's, as in PEFT.
 
     The strength interpolates between W and W1, so that strength 0 is exactly the base.
@@ -23,9 +23,9 @@ class Dora:
 
     name: str = "dora"
 
-    def claims(self, roles: Set[str]) -> bool:
+    def claims(self, shapes: Mapping[str, Shape]) -> bool:
         """Both factors and the magnitude."""
-        return roles - {"alpha"} == {"down", "up", "magnitude"}
+        return shapes.keys() == {"down", "up", "magnitude"}
 
     def rank(self, shapes: Mapping[str, Shape]) -> int:
         """The rows of A."""

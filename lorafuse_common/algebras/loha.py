@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .algebra import Block, Shape
+from .algebra import Algebra, Block, Shape
 
 if TYPE_CHECKING:
     import torch
@@ -17,14 +17,14 @@ CORES = frozenset({"hada_t1", "hada_t2"})
 
 
 @dataclass(frozen=True, slots=True)
-class Loha:
+class Loha(Algebra):
     """`D = (w1_a @ w1_b) * (w2_a @ w2_b)`; with cores `(r, r, *kernel)`, `w_a` is `(r, out)` and `w_b` `(r, in)`."""
 
     name: str = "loha"
 
-    def claims(self, roles: Set[str]) -> bool:
+    def claims(self, shapes: Mapping[str, Shape]) -> bool:
         """All four matrices, with both cores or none."""
-        return roles - {"alpha"} in (ROLES, ROLES | CORES)
+        return shapes.keys() in (ROLES, ROLES | CORES)
 
     def rank(self, shapes: Mapping[str, Shape]) -> int:
         """The rows of w1_b."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .algebra import Block, Shape
+from .algebra import Algebra, Block, Shape
 
 if TYPE_CHECKING:
     import torch
@@ -21,14 +21,14 @@ RIGHT = (
 
 
 @dataclass(frozen=True, slots=True)
-class Lokr:
+class Lokr(Algebra):
     """`D = w1 (x) w2`: w1 `(m, n)` or `w1_a @ w1_b`, w2 `(p, q, *kernel)` or `w2_a @ w2_b` or a Tucker product."""
 
     name: str = "lokr"
 
-    def claims(self, roles: Set[str]) -> bool:
+    def claims(self, shapes: Mapping[str, Shape]) -> bool:
         """One form of each factor."""
-        return any(roles - {"alpha"} == left | right for left in LEFT for right in RIGHT)
+        return any(shapes.keys() == left | right for left in LEFT for right in RIGHT)
 
     def rank(self, shapes: Mapping[str, Shape]) -> int | None:
         """The rows of w2_b, else of w1_b; with both factors full, alpha means nothing (some write infinity)."""

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .algebra import Block, Shape
+from .algebra import Algebra, Block, Shape
 
 if TYPE_CHECKING:
     import torch
 
 
 @dataclass(frozen=True, slots=True)
-class Lora:
+class Lora(Algebra):
     """`down` is A `(r, in, *kernel)`, `up` is B `(out, r, 1...)`; a linear pair also fits a convolution by count."""
 
     name: str = "lora"
 
-    def claims(self, roles: Set[str]) -> bool:
+    def claims(self, shapes: Mapping[str, Shape]) -> bool:
         """Both factors, with or without alpha."""
-        return roles - {"alpha"} == {"down", "up"}
+        return shapes.keys() == {"down", "up"}
 
     def rank(self, shapes: Mapping[str, Shape]) -> int:
         """The rows of A."""
