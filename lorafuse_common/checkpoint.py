@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -221,38 +221,40 @@ def _sharded(index: Path) -> _Weights:
     return _Weights(files, index)
 
 
-def side_files(checkpoint: Checkpoint) -> tuple[Path, ...]:
-    """Every other file that belongs to the model, relative to its folder and sorted: configs, other components.
+def side_files(checkpoints: Sequence[Checkpoint]) -> tuple[Path, ...]:
+    """Every file of a model besides the weights of some of its transformers, relative to its folder and sorted.
 
     Left out are hidden files, the `lorafuse.json` of a base that was itself fused, and other weights that lie beside
-    the transformer's or in the root (variants, single-file copies): unfused, they would be mistaken for fused ones.
+    a transformer's or in the root (variants, single-file copies): unfused, they would be mistaken for fused ones.
     """
-    return tuple(path for path in _other_files(checkpoint) if not _is_foreign_weight(checkpoint, path))
+    return tuple(path for path in _other_files(checkpoints) if not _is_foreign_weight(checkpoints, path))
 
 
-def foreign_weights(checkpoint: Checkpoint) -> tuple[Path, ...]:
+def foreign_weights(checkpoints: Sequence[Checkpoint]) -> tuple[Path, ...]:
     """The weights that `side_files` leaves out, relative to the folder."""
-    return tuple(path for path in _other_files(checkpoint) if _is_foreign_weight(checkpoint, path))
+    return tuple(path for path in _other_files(checkpoints) if _is_foreign_weight(checkpoints, path))
 
 
-def _other_files(checkpoint: Checkpoint) -> tuple[Path, ...]:
-    if checkpoint.form is Form.FILE:
+def _other_files(checkpoints: Sequence[Checkpoint]) -> tuple[Path, ...]:
+    root = checkpoints[0].root
+    if checkpoints[0].form is Form.FILE:
         return ()
-    weights = {file.path for file in checkpoint.files}
+    weights = {file.path for checkpoint in checkpoints for file in checkpoint.files}
     found = []
     visited = set()
-    for folder, subfolders, names in os.walk(checkpoint.root, followlinks=True):
+    for folder, subfolders, names in os.walk(root, followlinks=True):
         real = Path(folder).resolve()
         subfolders[:] = [] if real in visited else [name for name in subfolders if not name.startswith(".")]
         if real in visited:
             continue  # a link that leads back up
         visited.add(real)
         paths = (Path(folder) / name for name in names if not name.startswith("."))
-        found += [path.relative_to(checkpoint.root) for path in paths if path not in weights and path.is_file()]
+        found += [path.relative_to(root) for path in paths if path not in weights and path.is_file()]
     return tuple(sorted(path for path in found if str(path) != MANIFEST_NAME))
 
 
-def _is_foreign_weight(checkpoint: Checkpoint, path: Path) -> bool:
-    beside = path.parent in (Path(), Path(checkpoint.component or "."))
+def _is_foreign_weight(checkpoints: Sequence[Checkpoint], path: Path) -> bool:
+    folders = {Path(), *(Path(checkpoint.component or ".") for checkpoint in checkpoints)}
     is_weight = path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(_INDEX_SUFFIX)
-    return beside and is_weight and checkpoint.root / path != checkpoint.index
+    indexes = {checkpoint.index for checkpoint in checkpoints}
+    return path.parent in folders and is_weight and checkpoints[0].root / path not in indexes

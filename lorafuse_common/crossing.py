@@ -54,6 +54,8 @@ class Atlas:
     """`weight` and `bias` -> part -> where it is."""
     namespaces: tuple[Namespace, ...]
     """The base's own names first."""
+    optional: Mapping[str, str]
+    """Parts that this base lacks and other versions of its family have -> why that is harmless."""
 
 
 def survey(base: Checkpoint) -> Atlas:
@@ -69,13 +71,47 @@ def survey(base: Checkpoint) -> Atlas:
             own[module] = its if its.rows(rows) is not None else parts(module)
             for part, first, count in own[module].rows(rows) or ():
                 places[parameter][part] = Place(tensor, first, count)
-    namespaces = [Namespace(base.layout.name if base.layout else None, own)]
+    optional = _lacking(base, blocks, places["weight"])
+    joined = _joined(places["weight"])
+    own_name = base.layout.name if base.layout else None
+    missed = {m: its for m, its in table.items() if m not in own and any(part in optional for part in its.names)}
+    is_split = own_name in (None, "diffusers")
+    namespaces = [Namespace(own_name, (joined if is_split else {}) | missed | own)]
     for layout in base.family.layouts if base.family else ():
         if base.layout and layout is not base.layout:
             expanded = layout.expand(blocks).items()
-            found = {m: its for m, its in expanded if any(part in places["weight"] for part in its.names)}
-            namespaces.append(Namespace(layout.name, found))
-    return Atlas(places, tuple(namespaces))
+            known = places["weight"].keys() | optional.keys()
+            found = {m: its for m, its in expanded if not known.isdisjoint(its.names)}
+            namespaces.append(Namespace(layout.name, (joined if layout.name == "diffusers" else {}) | found))
+    return Atlas(places, tuple(namespaces), optional)
+
+
+def _lacking(base: Checkpoint, blocks: int, places: Mapping[str, Place]) -> dict[str, str]:
+    """The optional parts of the base's family that it lacks, with the reason why that is harmless."""
+    templates = base.family.optional if base.family else {}
+    named = {t.replace("{}", str(n)): reason for t, reason in templates.items() for n in range(blocks)}
+    return {part: reason for part, reason in named.items() if part not in places}
+
+
+_JOINED = {
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+    "to_added_kv": ("add_k_proj", "add_v_proj"),
+}
+"""The modules that diffusers' `fuse_projections` joins others to; no checkpoint has them, some LoRAs do."""
+
+
+def _joined(places: Mapping[str, Place]) -> dict[str, Parts]:
+    found = {}
+    for joined, names in _JOINED.items():
+        for first in places:
+            attention, dot, name = first.rpartition(".")
+            members = tuple(f"{attention}{dot}{member}" for member in names)
+            if name == names[0] and all(member in places for member in members):
+                rows = tuple(places[member].rows for member in members)  # fewer key than query heads in some models
+                found[f"{attention}{dot}{joined}"] = Parts(members, rows)
+    return found
 
 
 def target_shape(its: Parts, places: Mapping[str, Place]) -> tuple[int, ...] | None:

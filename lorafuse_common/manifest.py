@@ -19,7 +19,7 @@ from .errors import ManifestError
 from .hashing import sha256_of
 
 MANIFEST_NAME = "lorafuse.json"
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,8 @@ class FusedLora:
     name: str
     sha256: str
     size: int
+    component: str | None
+    """The transformer that it was fused into; None outside a pipeline folder."""
     dialect: str
     strength: float
     scale: str
@@ -59,7 +61,7 @@ class FusedLora:
     applied: int
     """How many of them were fused."""
     ignored: Mapping[str, int]
-    """Why the others were not: problem kind -> count."""
+    """Why the others were not: problem kind, or the reason why that is harmless -> count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,8 @@ class TensorChange:
     """What a fuse did to one tensor, with W before, D the summed fp32 delta and E what arrived after rounding."""
 
     name: str
+    component: str | None
+    """The folder of the pipeline that it lies in."""
     weight_rms: float
     delta_rms: float
     loss: float
@@ -93,7 +97,7 @@ class Manifest:
     family: str | None
     layout: str | None
     component: str | None
-    """The folder of the pipeline that was fused; None for a model folder or file."""
+    """The folder of the pipeline that was fused, the first where there are two; None for a model folder or file."""
     base: tuple[FileRecord, ...]
     loras: tuple[FusedLora, ...]
     allowed: tuple[str, ...]

@@ -49,8 +49,14 @@ class Layout:
 
     def explained(self, modules: Iterable[str]) -> int:
         """How many of this layout's modules occur among `modules`, whatever their dialect's separators."""
-        own = {pattern_of(re.sub(r"\{\w*\}", "#", module)) for module in self.modules}
-        return len(own & {pattern for module in modules for pattern in (pattern_of(module), _blanked(module))})
+        return len(self._patterns() & {p for module in modules for p in (pattern_of(module), _blanked(module))})
+
+    def is_whole(self, modules: Iterable[str]) -> bool:
+        """Whether `modules` has every module of this layout."""
+        return self.explained(modules) == len(self._patterns())
+
+    def _patterns(self) -> set[str]:
+        return {pattern_of(re.sub(r"\{\w*\}", "#", module)) for module in self.modules}
 
     def expand(self, blocks: int) -> dict[str, Parts]:
         """Every module's own name -> its parts, for a model whose highest block number is `blocks - 1`."""
@@ -85,6 +91,10 @@ class Family:
     """Hidden width -> what that size is called (`14B`), where a family has several sizes."""
     lora_targets: tuple[str, ...] = ()
     """Suffixes of the modules that a new LoRA trains by default."""
+    optional: Mapping[str, str] = field(default_factory=dict)
+    """Parts that some versions of the model lack, so that a LoRA of another version harmlessly misses -> the reason."""
+    widenable: Mapping[str, str] = field(default_factory=dict)
+    """Input embedders that may get more input columns -> the key of `config.json` that counts them."""
     idle_modules: tuple[str, ...] = ()
     """Modules whose output nothing reads, so that they never get a gradient; `{last}` is the last block's number."""
 
@@ -107,13 +117,15 @@ def candidates(
 ) -> tuple[tuple[Family, Layout], ...]:
     """The families and layouts that explain the most of `modules`, all that tie.
 
+    Where one that ties is there as a whole, those that lack modules are left out: LTX-2 has all of LTX-Video's names.
     Where `class_name` (from a `config.json`) is given, only its own family is considered.
     """
     found = tuple(modules)
     named = [family for family in families if class_name is None or class_name in family.transformer_classes]
     scored = [(layout.explained(found), family, layout) for family in named for layout in family.layouts]
     best = max((score for score, _, _ in scored), default=0)
-    return tuple((family, layout) for score, family, layout in scored if score == best > 0)
+    tied = tuple((family, layout) for score, family, layout in scored if score == best > 0)
+    return tuple((family, layout) for family, layout in tied if layout.is_whole(found)) or tied
 
 
 def identify(

@@ -185,6 +185,23 @@ def read_bytes(ref: TensorRef) -> bytes:
     return raw
 
 
+def read_rows(ref: TensorRef, start: int, stop: int) -> bytearray:
+    """The raw bytes of rows `start` to `stop` of one tensor."""
+    row = ref.nbytes // ref.shape[0] if ref.shape else ref.nbytes
+    raw = bytearray((stop - start) * row)
+    with ref.file.open("rb", buffering=0) as file:
+        file.seek(ref.start + start * row)
+        at, view = 0, memoryview(raw)
+        while at < len(raw):
+            got = file.readinto(view[at:])
+            if not got:
+                raise CheckpointError(
+                    f"{ref.file}: ended inside tensor {ref.name!r}; did the file change while it was read?"
+                )
+            at += got
+    return raw
+
+
 def read_scalar(ref: TensorRef) -> float:
     """The value of a tensor of one element, without importing torch."""
     raw = read_bytes(ref)
@@ -198,6 +215,11 @@ def is_scalar(ref: TensorRef) -> bool:
     return ref.numel == 1 and (ref.dtype in _SCALAR_FORMATS or ref.dtype == "BF16")
 
 
+def is_zero(ref: TensorRef) -> bool:
+    """Whether every byte of a tensor is zero, without importing torch."""
+    return not read_bytes(ref).strip(b"\0")
+
+
 def read_tensor(ref: TensorRef) -> torch.Tensor:
     """One tensor on the CPU in its own dtype (one of `FLOAT_DTYPES`); the file is read, not mapped."""
     import torch
@@ -207,13 +229,21 @@ def read_tensor(ref: TensorRef) -> torch.Tensor:
     return torch.frombuffer(raw, dtype=dtype).view(ref.shape) if raw else torch.empty(ref.shape, dtype=dtype)
 
 
-def encode_header(source: TensorFile, metadata: Mapping[str, str]) -> bytes:
-    """The length prefix and header of a copy of `source` with other `metadata`; data offsets stay as they are."""
+def encode_header(
+    source: TensorFile, metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> bytes:
+    """The length prefix and header of a copy of `source` with other `metadata`, and other `shapes` for some tensors.
+
+    Names and order stay as they are; data offsets too, where no shape changes.
+    """
+    entries, at = {}, 0
+    for ref in source.tensors.values():  # in the order of their bytes
+        shape = (shapes or {}).get(ref.name, ref.shape)
+        size = math.prod(shape) * DTYPE_BITS[ref.dtype] // 8
+        entries[ref.name] = {"dtype": ref.dtype, "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    for name in source.header_order:
-        ref = source.tensors[name]
-        offsets = [ref.start - source.data_start, ref.stop - source.data_start]
-        header[name] = {"dtype": ref.dtype, "shape": list(ref.shape), "data_offsets": offsets}
+    header |= {name: entries[name] for name in source.header_order}
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)  # the format wants the data aligned to 8 bytes
     return struct.pack("<Q", len(raw)) + raw

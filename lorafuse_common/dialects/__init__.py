@@ -1,9 +1,10 @@
 """The registry of LoRA spellings; a new one is a file here and an entry in `DIALECTS`."""
 
 from .comfy import COMFY
-from .dialect import Dialect, Key, split_key
+from .dialect import SUFFIXES, Dialect, Key, flatten, split_key
 from .diffsynth import DIFFSYNTH
 from .diffusers import DIFFUSERS
+from .genmo import GENMO
 from .kohya import KOHYA
 from .lightning import LIGHTNING
 from .lycoris import LYCORIS
@@ -11,6 +12,7 @@ from .onetrainer import ONETRAINER
 from .original import ORIGINAL
 from .peft import PEFT
 from .videox import VIDEOX
+from .xlabs import XLABS
 
 DIALECTS: tuple[Dialect, ...] = (
     DIFFUSERS,
@@ -23,6 +25,8 @@ DIALECTS: tuple[Dialect, ...] = (
     LIGHTNING,
     DIFFSYNTH,
     ORIGINAL,
+    XLABS,
+    GENMO,
 )
 
-__all__ = ["DIALECTS", "Dialect", "Key", "split_key"]
+__all__ = ["DIALECTS", "SUFFIXES", "Dialect", "Key", "flatten", "split_key"]

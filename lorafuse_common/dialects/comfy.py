@@ -1,5 +1,5 @@
-"""ComfyUI and ai-toolkit: `diffusion_model.` before the model's names, `lora_A`/`lora_B` (some tools write down/up)."""
+"""ComfyUI and ai-toolkit: `diffusion_model.` before the original names, `lora_A`/`lora_B` (some tools write down/up)."""
 
-from .dialect import AB_ROLES, Dialect, dotted
+from .dialect import AB_ROLES, Dialect
 
-COMFY = Dialect("comfy", dotted("diffusion_model."), AB_ROLES)
+COMFY = Dialect("comfyui", ("diffusion_model.", "model.diffusion_model."), AB_ROLES, layout="original")

@@ -1,5 +1,5 @@
 """DiffSynth-Studio: bare names, `lora_A.default`/`lora_B.default`, no alpha."""
 
-from .dialect import AB_DEFAULT_ROLES, Dialect, dotted
+from .dialect import AB_DEFAULT_ROLES, BARE, Dialect
 
-DIFFSYNTH = Dialect("diffsynth", dotted(""), AB_DEFAULT_ROLES)
+DIFFSYNTH = Dialect("diffsynth", BARE, AB_DEFAULT_ROLES)

@@ -1,5 +1,5 @@
 """diffusers: `transformer.` before diffusers' names, `lora_A`/`lora_B`."""
 
-from .dialect import AB_ROLES, Dialect, dotted
+from .dialect import AB_ROLES, Dialect
 
-DIFFUSERS = Dialect("diffusers", dotted("transformer."), AB_ROLES)
+DIFFUSERS = Dialect("diffusers", ("transformer.", "transformer.transformer."), AB_ROLES | {"magnitude": ".lora_magnitude_vector"})

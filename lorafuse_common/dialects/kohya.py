@@ -1,5 +1,5 @@
-"""kohya and musubi: `lora_unet_` and the name with underscores for dots, down/up and alpha."""
+"""kohya and musubi: `lora_unet_` and the original name with underscores for dots, down/up and alpha."""
 
-from .dialect import DOWN_UP_ROLES, Dialect, flat
+from .dialect import DOWN_UP_ROLES, Dialect
 
-KOHYA = Dialect("kohya", flat("lora_unet_"), DOWN_UP_ROLES)
+KOHYA = Dialect("kohya", ("lora_unet_",), DOWN_UP_ROLES, flat=True, layout="original")

@@ -1,5 +1,5 @@
 """Lightning few-step LoRAs: bare names, down/up and a per-module alpha."""
 
-from .dialect import DOWN_UP_ROLES, Dialect, dotted
+from .dialect import BARE, DOWN_UP_ROLES, Dialect
 
-LIGHTNING = Dialect("lightning", dotted(""), DOWN_UP_ROLES)
+LIGHTNING = Dialect("lightning", BARE, DOWN_UP_ROLES)

@@ -1,5 +1,5 @@
 """LyCORIS and SimpleTuner: `lycoris_` and the name with underscores for dots."""
 
-from .dialect import DOWN_UP_ROLES, Dialect, flat
+from .dialect import DOWN_UP_ROLES, Dialect
 
-LYCORIS = Dialect("lycoris", flat("lycoris_"), DOWN_UP_ROLES)
+LYCORIS = Dialect("lycoris", ("lycoris_",), DOWN_UP_ROLES, flat=True)

@@ -1,5 +1,5 @@
 """Bare names with `lora_A`/`lora_B`, as BFL and Lightricks write them."""
 
-from .dialect import AB_ROLES, Dialect, dotted
+from .dialect import AB_ROLES, BARE, Dialect
 
-ORIGINAL = Dialect("original", dotted(""), AB_ROLES)
+ORIGINAL = Dialect("original", BARE, AB_ROLES, layout="original")

@@ -1,5 +1,5 @@
 """VideoX-Fun: kohya's spelling with two underscores after `lora_unet`."""
 
-from .dialect import DOWN_UP_ROLES, Dialect, flat
+from .dialect import DOWN_UP_ROLES, Dialect
 
-VIDEOX = Dialect("videox", flat("lora_unet__"), DOWN_UP_ROLES)
+VIDEOX = Dialect("videox", ("lora_unet__",), DOWN_UP_ROLES, flat=True, layout="original")

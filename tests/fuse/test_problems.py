@@ -16,7 +16,8 @@ from lorafuse_common.dialects.lightning import LIGHTNING
 from lorafuse_common.errors import LorafuseError, PlanError
 from lorafuse_common.manifest import read_manifest
 from lorafuse_fuse.fuse import FuseOptions, fuse, require_clean
-from lorafuse_fuse.plan import FusePlan, LoraRequest, ProblemKind, plan_fuse
+from lorafuse_fuse.fit import ProblemKind
+from lorafuse_fuse.plan import FusePlan, LoraRequest, plan_fuse
 from lorafuse_fuse.report import describe_plan
 
 A, B = torch.randn(4, 48), torch.randn(48, 4)
@@ -40,7 +41,7 @@ CASES: dict[ProblemKind, dict[str, torch.Tensor]] = {
     ProblemKind.OTHER_COMPONENT: {"text_encoder.q.lora_A.weight": A, "text_encoder.q.lora_B.weight": B},
     ProblemKind.NO_SUCH_MODULE: {"transformer_blocks.9.attn.to_q.lora_A.weight": A},
     ProblemKind.INCOMPLETE_MODULE: {"transformer_blocks.0.attn.to_k.lora_A.weight": A},
-    ProblemKind.UNKNOWN_ALGEBRA: {"transformer_blocks.0.attn.to_k.oft_blocks": A},
+    ProblemKind.UNKNOWN_ALGEBRA: {"transformer_blocks.0.attn.to_k.oft_R.weight": A},
     ProblemKind.SHAPE_MISMATCH: {
         "transformer_blocks.0.attn.to_k.lora_A.weight": torch.randn(4, 32),
         "transformer_blocks.0.attn.to_k.lora_B.weight": B,
@@ -142,7 +143,7 @@ def test_fp8_weights_are_not_edited(tmp_path: Path) -> None:
     ("tensors", "cause"),
     [
         ({"blocks.0.self_attn.q": (48, 48), "blocks.0.ffn.0": (48, 48)}, "are Wan names; the base is Qwen-Image"),
-        ({"double_blocks.0.img_mod.lin": (48, 48)}, "are FLUX.1 names; the base is Qwen-Image"),
+        ({"double_blocks.0.img_mod.lin": (48, 48)}, "are FLUX.1 or HunyuanVideo names; the base is Qwen-Image"),
         ({"double_blocks.0.img_attn.qkv": (48, 48)}, "are Chroma or FLUX.1 or FLUX.2 or HunyuanVideo names"),
         (
             {TO_Q: (48, 48), "transformer_blocks.30.attn.to_q": (48, 48)},
@@ -222,6 +223,6 @@ def test_unusual_scales_are_pointed_out(
         tensors[f"{module}.alpha"] = torch.tensor(alpha)
     plan = planned(base, tmp_path, tensors)
     assert not plan.problems
-    assert (says or "") in (plan.loras[0].suspicion or "")
-    assert (says is None) == (plan.loras[0].suspicion is None)
+    assert [note for note in plan.loras[0].notes if (says or "") in note] == list(plan.loras[0].notes)
+    assert (says is None) == (not plan.loras[0].notes)
     assert (says or "lora ") in describe_plan(plan)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shlex
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +18,8 @@ from lorafuse_common import __version__
 from lorafuse_common.errors import ConfigError, LorafuseError
 
 from .carry import Components
-from .plan import FusePlan, LoraRequest, ProblemKind, blocking, plan_fuse
+from .fit import ProblemKind
+from .plan import FusePlan, LoraRequest, blocking, open_bases, plan_fuse
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,8 +31,9 @@ BaseArgument = Annotated[Path, typer.Argument(help="A .safetensors file, a model
 LoraOption = Annotated[
     list[str],
     typer.Option(
-        "--lora", "--lora_fused", "--lora-fused", metavar="FILE[:STRENGTH]", show_default=False,
-        help="A LoRA to fuse, strength 1 where none is given; repeat it for several. The format is detected.",
+        "--lora", "--lora_fused", "--lora-fused", metavar="FILE[:STRENGTH][@COMPONENT]", show_default=False,
+        help="A LoRA to fuse, strength 1 where none is given; repeat it for several. The format is detected. "
+        "@transformer_2 fuses it into that transformer of the pipeline (Wan 2.2 has two).",
     ),
 ]  # fmt: skip
 OutOption = Annotated[Path, typer.Option(metavar="DIR", help="The folder to write; it appears complete or not at all.")]
@@ -47,6 +52,26 @@ AllowOption = Annotated[
 ScheduleOption = Annotated[
     str,
     typer.Option(help='The few-step schedule to record: "1,0.9,0.75,0.5" (noise levels), auto (from the LoRAs), none.'),
+]
+AlphaOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--alpha", metavar="FILE=ALPHA", help="The alpha of all modules of a LoRA, whatever its file says. Repeatable."
+    ),
+]
+WidenOption = Annotated[
+    bool,
+    typer.Option(
+        "--widen-inputs",
+        help="Let a LoRA with more input channels (FLUX.1 control) widen the base; config.json is updated.",
+    ),
+]
+PlainFp8Option = Annotated[
+    bool,
+    typer.Option(
+        "--plain-fp8",
+        help="Edit fp8 weights that have no scale. They keep 3 bits of each number: most of a LoRA is rounded away.",
+    ),
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Plan only, from headers; write nothing.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -74,13 +99,14 @@ def fuse_command(
     components: ComponentsOption = Components.LINK,
     allow: AllowOption = None,
     schedule: ScheduleOption = "auto",
+    alpha: AlphaOption = None,
+    widen_inputs: WidenOption = False,
+    plain_fp8: PlainFp8Option = False,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
     force: ForceOption = False,
 ) -> None:
     """Write a new checkpoint: BASE with the LoRAs added. BASE and the LoRAs are only read."""
-    from lorafuse_common.checkpoint import open_checkpoint
-
     from .fuse import FuseOptions, check_out, fuse, require_clean
     from .record import resolve_schedule
     from .report import describe_plan, plan_json
@@ -88,15 +114,18 @@ def fuse_command(
     allowed = tuple(allow or ())
     facts: dict[str, Any] = {}
     try:
-        plan = plan_fuse(open_checkpoint(base, component), [parse_lora(text) for text in lora])
+        requests = with_alphas([parse_lora(text) for text in lora], alpha or [])
+        plan = plan_fuse(open_bases(base, component, requests), requests, plain_fp8=plain_fp8)
         facts = plan_json(plan)
         _say(describe_plan(plan))
         check_out(plan, out)
         require_clean(plan, allowed)
-        options = FuseOptions(out, allowed, resolve_schedule(schedule, plan.loras, plan.base), components, force)
+        steps = resolve_schedule(schedule, plan.loras, plan.base)
+        options = FuseOptions(out, allowed, steps, components, force, widen_inputs)
         _say_allowed(plan, allowed)
         if dry_run:
-            _say("dry run: clean, nothing was written")
+            needs = any(component.widened for component in plan.components) and not widen_inputs
+            _say(f"dry run: clean{', but writing it needs --widen-inputs' if needs else ''}; nothing was written")
         else:
             facts |= _announce(fuse(plan, options), out)
     except LorafuseError as error:
@@ -144,19 +173,50 @@ def inspect_command(
 
 
 def parse_lora(text: str) -> LoraRequest:
-    """`FILE` or `FILE:STRENGTH`; a colon belongs to the name where no number follows it or such a file exists."""
-    name, colon, tail = text.rpartition(":")
-    if not colon or not name or Path(text).exists():
-        return LoraRequest(Path(text))
+    """`FILE[:STRENGTH][@COMPONENT]`; what belongs to the name of a file that exists is never taken off it.
+
+    Raises:
+        ConfigError: what follows the colon is no strength.
+    """
+    name, component = text, None
+    if not Path(text).exists() and (found := re.fullmatch(r"(.+)@([A-Za-z]\w*)(:[^/]*)?", text)):
+        name, component = found[1] + (found[3] or ""), found[2]
+    path, colon, tail = name.rpartition(":")
+    if not colon or not path or Path(name).exists():
+        return LoraRequest(Path(name), component=component)
     try:
         strength = float(tail)
     except ValueError:
         if tail and "/" not in tail and not tail.endswith(".safetensors"):
-            raise ConfigError(f"--lora {text}: {tail!r} is no strength; expected FILE or FILE:STRENGTH") from None
-        return LoraRequest(Path(text))
+            raise ConfigError(
+                f"--lora {text}: {tail!r} is no strength; expected FILE[:STRENGTH][@COMPONENT]"
+            ) from None
+        return LoraRequest(Path(name), component=component)
     if not -1e3 < strength < 1e3:
         raise ConfigError(f"--lora {text}: strength {tail} is out of range; strengths are about 1")
-    return LoraRequest(Path(name), strength)
+    return LoraRequest(Path(path), strength, component)
+
+
+def with_alphas(requests: list[LoraRequest], texts: list[str]) -> list[LoraRequest]:
+    """The requests with the alphas that `FILE=ALPHA` states, by path or by file name.
+
+    Raises:
+        ConfigError: one is malformed, or names no LoRA of this command.
+    """
+    stated: dict[str, float] = {}
+    for text in texts:
+        name, _, value = text.rpartition("=")
+        try:
+            stated[name] = float(value)
+        except ValueError:
+            stated[name] = 0.0
+        known = [request for request in requests if name in (str(request.path), request.path.name)]
+        if not known or not 0 < stated[name] < math.inf:
+            names = ", ".join(request.path.name for request in requests)
+            raise ConfigError(f"--alpha {text}: expected FILE=ALPHA with one of {names} and a positive number")
+    return [
+        replace(request, alpha=stated.get(str(request.path), stated.get(request.path.name))) for request in requests
+    ]
 
 
 def _say(text: str) -> None:

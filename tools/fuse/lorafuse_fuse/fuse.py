@@ -23,8 +23,10 @@ from lorafuse_common.manifest import (
 )
 from lorafuse_common.publish import publish
 
+from .adjust import adjusted_files
 from .carry import Components, carry
-from .plan import FusePlan, ProblemKind, blocking, without_damaged
+from .fit import ProblemKind
+from .plan import FusePlan, blocking, without_damaged
 from .progress import ByteProgress, size_text
 from .record import header_recipe, input_paths, is_up_to_date, record_files, record_lora, record_parent
 from .report import describe_problems
@@ -41,6 +43,7 @@ class FuseOptions:
     schedule: Schedule | None = None
     components: Components = Components.LINK
     force: bool = False
+    widen_inputs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,16 @@ def require_clean(plan: FusePlan, allowed: Sequence[ProblemKind]) -> None:
     """Raise PlanError with all problems that the user did not allow."""
     if stopping := blocking(plan.problems, allowed):
         raise PlanError(describe_problems(plan, stopping))
+
+
+def require_widening(plan: FusePlan) -> None:
+    """Raise PlanError where the plan changes the shape of the model, for a user who has not said that it may."""
+    names = [f"{name} to {list(shape)}" for component in plan.components for name, shape in component.widened.items()]
+    if names:
+        raise PlanError(
+            f"nothing was written: a LoRA brings more input channels than {plan.base.root} has, and would widen "
+            f"{', '.join(names)}; the fused model then takes that many channels. Add --widen-inputs to do so."
+        )
 
 
 def check_out(plan: FusePlan, out: Path) -> None:
@@ -79,10 +92,14 @@ def check_out(plan: FusePlan, out: Path) -> None:
 def fuse(plan: FusePlan, options: FuseOptions) -> FuseResult:
     """Carry out a clean plan, or find that `options.out` already is its result.
 
+    The shape of the model is changed only where `options.widen_inputs` says so.
+
     Raises:
         PlanError, OutputError, CheckpointError: see the messages; nothing is left under `options.out` then.
     """
     started = time.monotonic()
+    if not options.widen_inputs:
+        require_widening(plan)
     if options.out.exists() or options.out.is_symlink():
         existing = _existing(plan, options)
         if existing:
@@ -123,9 +140,9 @@ def _existing(plan: FusePlan, options: FuseOptions) -> Manifest | None:
         )
     try:
         manifest = read_manifest(out)
-        with ByteProgress("checking inputs", plan.base.nbytes) as progress:
+        with ByteProgress("checking inputs", plan.nbytes) as progress:
             same = manifest and is_up_to_date(
-                manifest, plan.base, plan.loras, options.allowed, options.schedule, progress
+                manifest, _bases(plan), plan.loras, options.allowed, options.schedule, progress
             )
         if manifest and same:
             verify_manifest(out, manifest, hashes=options.force)
@@ -144,19 +161,23 @@ def _existing(plan: FusePlan, options: FuseOptions) -> Manifest | None:
 def _check_space(plan: FusePlan, options: FuseOptions) -> None:
     from .execute import free_bytes
 
-    needed, free = plan.base.nbytes, free_bytes(options.out.absolute().parent)
+    needed, free = plan.nbytes, free_bytes(options.out.absolute().parent)
     if options.components is Components.COPY:
-        needed += sum((plan.base.root / path).stat().st_size for path in side_files(plan.base))
+        needed += sum((plan.base.root / path).stat().st_size for path in side_files(_bases(plan)))
     if needed > free:
         raise OutputError(f"{options.out}: needs {size_text(needed)}, its disk has {size_text(free)} free")
 
 
 def _identities(plan: FusePlan) -> dict[Path, str]:
-    paths = [file.path for file in plan.base.files] + [lora.request.path for lora in plan.loras]
+    paths = [file.path for base in _bases(plan) for file in base.files] + [lora.request.path for lora in plan.loras]
     try:
         return {path: stat_identity(path) for path in paths}
     except OSError as error:
         raise CheckpointError(f"{error.filename}: vanished while being read; nothing was written") from error
+
+
+def _bases(plan: FusePlan) -> tuple[Checkpoint, ...]:
+    return tuple(component.base for component in plan.components)
 
 
 def _write(plan: FusePlan, options: FuseOptions, staging: Path) -> Manifest:
@@ -169,24 +190,23 @@ def _write(plan: FusePlan, options: FuseOptions, staging: Path) -> Manifest:
     sources: dict[Path, str] = {}
     outputs: dict[Path, FileRecord] = {}
     written: list[Written] = []
-    with ByteProgress("fusing", sum(file.size - file.data_start for file in base.files)) as progress:
-        for file in base.files:
+    with ByteProgress("fusing", plan.nbytes) as progress:
+        for component, file in [(c, file) for c in plan.components for file in c.base.files]:
             path = file.path.relative_to(base.folder)
             (staging / path).parent.mkdir(parents=True, exist_ok=True)
-            metadata = {**file.metadata, HEADER_KEY: recipe}
-            done = write_fused(file, plan.patches, metadata, staging / path, progress)
+            done = write_fused(component, file, {**file.metadata, HEADER_KEY: recipe}, staging / path, progress)
             sources[path] = done.source_sha256
             outputs[path] = FileRecord(path.as_posix(), done.output_sha256, done.output_size)
             written.append(done)
     remember({base.folder / path: digest for path, digest in sources.items()})
-    outputs.update(_carry_over(base, options, staging))
+    outputs.update(_carry_over(plan, options, staging))
     return Manifest(
         schema=SCHEMA,
         version=__version__,
         family=base.family.name if base.family else None,
         layout=base.layout.name if base.layout else None,
         component=base.component,
-        base=record_files(base.folder, input_paths(base), sources),
+        base=record_files(base.folder, input_paths(_bases(plan)), sources),
         loras=loras,
         allowed=tuple(sorted(kind.value for kind in options.allowed)),
         schedule=options.schedule,
@@ -196,14 +216,19 @@ def _write(plan: FusePlan, options: FuseOptions, staging: Path) -> Manifest:
     )
 
 
-def _carry_over(base: Checkpoint, options: FuseOptions, staging: Path) -> Mapping[Path, FileRecord]:
+def _carry_over(plan: FusePlan, options: FuseOptions, staging: Path) -> Mapping[Path, FileRecord]:
     """Bring every other file along; a carried file has its source's hash."""
+    base = plan.base
     if base.form is Form.FILE:
         return {}
-    paths = side_files(base)
+    paths = side_files(_bases(plan))
     total = sum((base.root / path).stat().st_size for path in paths)
     with ByteProgress("carrying over and hashing the other components", total) as progress:
         for path in paths:
             carry(base.root / path, staging / path, options.out / path, options.components)
             sha256_of(base.root / path, progress)
-    return dict(zip(paths, record_files(base.root, paths, {}), strict=True))
+    records = dict(zip(paths, record_files(base.root, paths, {}), strict=True))
+    adjusted = adjusted_files(plan.components)
+    for path, text in adjusted.items():
+        (staging / path).write_text(text, encoding="utf-8")
+    return records | dict(zip(adjusted, record_files(staging, tuple(adjusted), {}), strict=True))

@@ -12,7 +12,7 @@ from typing import Any
 from lorafuse_common.algebras import UNSUPPORTED, algebra_of
 from lorafuse_common.checkpoint import Checkpoint, open_checkpoint
 from lorafuse_common.errors import NotALoraError
-from lorafuse_common.lora import LoraFile, LoraModule, guess_dialect, guess_families, is_other_component, read_lora
+from lorafuse_common.lora import LoraFile, LoraModule, component_of, guess_dialect, guess_families, read_lora
 from lorafuse_common.manifest import read_manifest
 from lorafuse_common.scale import ScaleConflictError, resolve_scale
 from lorafuse_common.tensorfile import TensorRef
@@ -60,18 +60,19 @@ def _checkpoint_facts(base: Checkpoint) -> dict[str, Any]:
 
 def _lora_facts(lora: LoraFile) -> dict[str, Any]:
     families = guess_families(lora)
-    ours = [module for module in lora.modules if not is_other_component(module.stem)]
+    ours = [module for module in lora.modules if component_of(module.stem) is None]
+    others = {module.stem: component_of(module.stem) for module in lora.modules}
     return {
         "kind": "lora",
         "path": str(lora.path),
         "dialect": guess_dialect(lora).name,
         "family": sorted({family.name for family, _ in families}),
         "layout": sorted({layout.name for _, layout in families}),
-        "algebra": dict(Counter(_algebra_name(module) for module in ours)),
+        "algebra": dict(Counter(_algebra_name(module, lora) for module in ours)),
         "modules": len({module.stem for module in ours}),
-        "other_components": len({m.stem for m in lora.modules if is_other_component(m.stem)}),
+        "other_components": dict(Counter(component for component in others.values() if component)),
         "ranks": dict(Counter(str(rank) for module in ours if (rank := _rank(module)))),
-        "scales": dict(Counter(_scale(lora, module) for module in ours if algebra_of(module.roles))),
+        "scales": dict(Counter(_scale(lora, module) for module in ours if algebra_of(module.shapes))),
         "unread_keys": len(lora.unread),
         "dtypes": _dtypes(lora.source.tensors),
         "parameters": sum(ref.numel for ref in lora.source.tensors.values()),
@@ -80,21 +81,24 @@ def _lora_facts(lora: LoraFile) -> dict[str, Any]:
     }
 
 
-def _algebra_name(module: LoraModule) -> str:
-    algebra = algebra_of(module.roles)
+def _algebra_name(module: LoraModule, lora: LoraFile) -> str:
+    algebra = algebra_of(module.shapes)
+    config = lora.scale_sources.config
+    if config and config.unfusable:
+        return f"cannot be fused: {config.unfusable}"
     foreign = sorted({UNSUPPORTED[role] for role in module.factors if role in UNSUPPORTED})
     return algebra.name if algebra else " and ".join(foreign) or "incomplete"
 
 
 def _rank(module: LoraModule) -> int | None:
-    algebra = algebra_of(module.roles)
-    return algebra.rank({role: ref.shape for role, ref in module.factors.items()}) if algebra else None
+    algebra = algebra_of(module.shapes)
+    return algebra.rank(module.shapes) if algebra else None
 
 
 def _scale(lora: LoraFile, module: LoraModule) -> str:
-    name = module.stem.removeprefix(guess_dialect(lora).spell(""))
+    name = (guess_dialect(lora).tails(module.stem) or (module.stem,))[0]
     try:
-        scale, source = resolve_scale(name, _rank(module), module.alpha, lora.config)
+        scale, source = resolve_scale(name, _rank(module), module.alpha, lora.scale_sources)
     except ScaleConflictError as error:
         return f"conflict: {error}"
     return f"{source} = {scale:g}"

@@ -13,16 +13,21 @@ from lorafuse_common.errors import CheckpointError, ConfigError
 from lorafuse_common.hashing import sha256_of
 from lorafuse_common.manifest import MANIFEST_NAME, FileRecord, FusedLora, Manifest, Parent, Schedule, read_manifest
 
-from .plan import LoraPlan, ProblemKind
+from .fit import ProblemKind
+from .plan import LoraPlan
 
 SCHEDULE_KEY = "few_step_schedule"
 """Header key of a LoRA that states its schedule: JSON with `sigmas` and `guidance_scale`."""
 
 
-def input_paths(base: Checkpoint) -> tuple[Path, ...]:
+def weight_paths(bases: Sequence[Checkpoint]) -> tuple[Path, ...]:
+    """The weight files of some transformers of one model, relative to its folder."""
+    return tuple(file.path.relative_to(base.folder) for base in bases for file in base.files)
+
+
+def input_paths(bases: Sequence[Checkpoint]) -> tuple[Path, ...]:
     """Every file of the base that takes part, relative to its folder and sorted."""
-    weights = (file.path.relative_to(base.folder) for file in base.files)
-    return tuple(sorted((*weights, *side_files(base)), key=str))
+    return tuple(sorted((*weight_paths(bases), *side_files(bases)), key=str))
 
 
 def record_files(
@@ -43,12 +48,13 @@ def record_lora(plan: LoraPlan) -> FusedLora:
         name=path.name,
         sha256=sha256_of(path),
         size=path.stat().st_size,
+        component=plan.component,
         dialect=plan.dialect or "",
         strength=plan.request.strength,
         scale=plan.scale,
         modules=plan.modules,
         applied=plan.applied,
-        ignored=plan.ignored,
+        ignored={**plan.ignored, **plan.harmless},
     )
 
 
@@ -129,17 +135,17 @@ def _schedule(values: Sequence[object], guidance_scale: float, source: str) -> S
 
 def is_up_to_date(
     manifest: Manifest,
-    base: Checkpoint,
+    bases: Sequence[Checkpoint],
     loras: Sequence[LoraPlan],
     allowed: Sequence[ProblemKind],
     schedule: Schedule | None,
     progress: Callable[[int], object] | None = None,
 ) -> bool:
     """Whether a fused checkpoint is what these inputs would give again; cheap differences are looked at first."""
-    paths = input_paths(base)
-    wanted = [(lora.request.path.name, lora.request.strength) for lora in loras]
+    base, paths = bases[0], input_paths(bases)
+    wanted = [(lora.request.path.name, lora.component, lora.request.strength, lora.scale) for lora in loras]
     if (
-        [(lora.name, lora.strength) for lora in manifest.loras] != wanted
+        [(lora.name, lora.component, lora.strength, lora.scale) for lora in manifest.loras] != wanted
         or manifest.component != base.component
         or manifest.schedule != schedule
         or manifest.allowed != tuple(sorted(kind.value for kind in allowed))

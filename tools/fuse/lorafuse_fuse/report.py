@@ -8,7 +8,8 @@ from typing import Any
 from lorafuse_common.checkpoint import Checkpoint, foreign_weights
 from lorafuse_common.manifest import Manifest
 
-from .plan import FusePlan, LoraPlan, Problem, ProblemKind
+from .fit import ProblemKind
+from .plan import FusePlan, LoraPlan, Problem
 from .progress import size_text
 
 _NAMES_SHOWN = 3
@@ -20,6 +21,7 @@ _ADVICE = {
     ProblemKind.SCALE_CONFLICT: "Remove the wrong source (the alphas, the header entry or adapter_config.json).",
     ProblemKind.OTHER_COMPONENT: "To fuse only the transformer's part, add --allow OTHER_COMPONENT.",
     ProblemKind.INCOMPLETE_MODULE: "Download the file again.",
+    ProblemKind.DUPLICATE_MODULE: "If both say the same, keep the first: --allow DUPLICATE_MODULE.",
     ProblemKind.NO_EFFECT: "The fused checkpoint would equal its base.",
 }
 
@@ -28,7 +30,7 @@ def describe_problems(plan: FusePlan, problems: Sequence[Problem]) -> str:
     """All problems grouped by LoRA and kind, with counts, first names and the likeliest cause."""
     lines = [f"nothing was written: {len(problems)} problem{'s' if len(problems) > 1 else ''}"]
     for lora in plan.loras:
-        name = str(lora.request.path)
+        name = lora.request.label
         ours = [problem for problem in problems if problem.lora == name]
         if not ours:
             continue
@@ -60,19 +62,27 @@ def describe_plan(plan: FusePlan) -> str:
     layout = f", {base.layout.name} layout" if base.layout else ""
     lines = [f"base   {base.root}: {base.title}{layout}, {base.form}, {size_text(base.nbytes)}"]
     lines += [_describe_lora(lora, base) for lora in plan.loras]
-    lines.append(f"change {len(plan.patches)} of {len(base.tensors)} tensors")
-    if left := foreign_weights(base):
+    for component in plan.components:
+        where = f" of {component.base.component}" if len(plan.components) > 1 else ""
+        lines.append(f"change {len(component.patches)} of {len(component.base.tensors)} tensors{where}")
+        lines += [
+            f"widen  {name} from {list(component.base.tensors[name].shape)} to {list(shape)}, new columns zero"
+            for name, shape in component.widened.items()
+        ]
+    if left := foreign_weights([component.base for component in plan.components]):
         lines.append(f"leave  {', '.join(map(str, left))}: weights beside the transformer's, which would not be fused")
     return "\n".join(lines)
 
 
 def _describe_lora(lora: LoraPlan, base: Checkpoint) -> str:
+    where = f" into {lora.component}" if lora.component not in (None, "transformer") else ""
     names = f", {lora.layout} names" if base.layout and lora.layout != base.layout.name else ""
     passed = "".join(f", {count} x {kind} not applied" for kind, count in lora.ignored.items())
-    suspicion = f"\n       note: {lora.suspicion}" if lora.suspicion else ""
+    passed += "".join(f", {count} harmlessly not: {reason}" for reason, count in lora.harmless.items())
+    notes = "".join(f"\n       note: {note}" for note in lora.notes)
     return (
-        f"lora   {lora.request.path.name}: {lora.dialect}{names}, strength {lora.request.strength:g}, "
-        f"scale {lora.scale or '-'}, {lora.applied} of {lora.modules} modules{passed}{suspicion}"
+        f"lora   {lora.request.path.name}{where}: {lora.dialect}{names}, strength {lora.request.strength:g}, "
+        f"scale {lora.scale or '-'}, {lora.applied} of {lora.modules} modules{passed}{notes}"
     )
 
 
@@ -108,17 +118,20 @@ def plan_json(plan: FusePlan) -> dict[str, Any]:
     return {
         "family": base.family.name if base.family else None,
         "layout": base.layout.name if base.layout else None,
-        "targets": len(plan.patches),
+        "targets": sum(len(component.patches) for component in plan.components),
         "loras": [
             {
                 "path": str(lora.request.path),
+                "component": lora.component,
                 "dialect": lora.dialect,
+                "layout": lora.layout,
                 "strength": lora.request.strength,
                 "scale": lora.scale,
-                "suspicion": lora.suspicion,
+                "notes": list(lora.notes),
                 "modules": lora.modules,
                 "applied": lora.applied,
                 "ignored": dict(lora.ignored),
+                "harmless": dict(lora.harmless),
             }
             for lora in plan.loras
         ],
@@ -126,7 +139,7 @@ def plan_json(plan: FusePlan) -> dict[str, Any]:
             {"kind": problem.kind.value, "lora": problem.lora, "subject": problem.subject, "detail": problem.detail}
             for problem in plan.problems
         ],
-        "output_bytes": base.nbytes,
+        "output_bytes": plan.nbytes,
         "peak_memory_bytes": peak_memory_bytes(plan),
     }
 
@@ -135,12 +148,14 @@ def peak_memory_bytes(plan: FusePlan) -> int:
     """An estimate from headers: the runtime, the blocks, and the factors of the widest edited tensor in fp32."""
     from .blocks import BUFFERS, COPY_BLOCK_BYTES, EDIT_BLOCK_ELEMENTS
 
-    widest_row = max((ref.numel // ref.shape[0] for ref in plan.base.modules.values() if 0 not in ref.shape), default=0)
+    refs = [ref for component in plan.components for ref in component.base.modules.values() if 0 not in ref.shape]
+    widest_row = max((ref.numel // (ref.shape[0] if ref.shape else 1) for ref in refs), default=0)
     blocks = BUFFERS * COPY_BLOCK_BYTES + 3 * 4 * max(EDIT_BLOCK_ELEMENTS, widest_row)
     factors = max(
         (
             sum(2 * 4 * ref.numel for patch in patches for ref in patch.module.factors.values())
-            for patches in plan.patches.values()
+            for component in plan.components
+            for patches in component.patches.values()
         ),
         default=0,
     )

@@ -59,23 +59,21 @@ class Stream:
             at += got
         return Piece(data, self._hasher.submit(self.source_hash.update, data), buffer)
 
-    def write(self, piece: Piece) -> None:
-        """Send a piece to the output, as its bytes are now; it must not be touched afterwards."""
-        self._under_way.append(self._writer.submit(self._finish, piece))
+    def write(self, piece: Piece, data: memoryview) -> None:
+        """Send `data` to the output in a piece's place, mostly its own; neither must be touched afterwards."""
+        self._under_way.append(self._writer.submit(self._finish, piece, data))
         self._progress(len(piece.data))
 
     def replace(self, count: int, data: bytes) -> None:
         """Read `count` bytes and write `data` in their place."""
         while count:
             piece = self.read(min(count, COPY_BLOCK_BYTES))
-            piece.hashed.result()
-            self._free.put(piece.buffer)
             count -= len(piece.data)
-        self._emit(memoryview(data))
+            self.write(piece, memoryview(b"" if count else data))
 
-    def _finish(self, piece: Piece) -> None:
+    def _finish(self, piece: Piece, data: memoryview) -> None:
         try:
-            self._emit(piece.data)
+            self._emit(data)
             piece.hashed.result()
         finally:
             self._free.put(piece.buffer)

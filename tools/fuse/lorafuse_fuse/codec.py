@@ -1,0 +1,117 @@
+"""Between the bytes of a weight and the fp32 numbers that are computed with: bf16, fp16, fp32, fp64 and fp8."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from lorafuse_common.algebras import Shape
+from lorafuse_common.quantised import FP8_DTYPES, Fp8Scale
+from lorafuse_common.tensorfile import FLOAT_DTYPES, TensorRef, read_rows, read_tensor
+
+from .plan import Patch
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """How the elements of one weight are stored."""
+
+    dtype: torch.dtype
+    columns: int
+    """Elements of a row."""
+    scale: Fp8Scale | None = None
+    values: torch.Tensor | None = None
+    """The scale's values in fp32, where there is a scale."""
+
+    @property
+    def work(self) -> torch.dtype:
+        """What to compute in."""
+        return torch.float64 if self.dtype is torch.float64 else torch.float32
+
+    def view(self, raw: memoryview | bytearray) -> torch.Tensor:
+        """Rows of the weight as they are stored, `(rows, columns)`, sharing memory with `raw`."""
+        return torch.frombuffer(raw, dtype=self.dtype).view(-1, self.columns)
+
+    def decode(self, stored: torch.Tensor, start: int) -> torch.Tensor:
+        """Stored rows, of which the first is row `start` of the weight, as numbers; may be `stored` itself."""
+        if self.scale is None or self.values is None:
+            return stored.float() if stored.element_size() == 1 else stored
+        return stored.float().mul_(self.scale.spread(self.values, start, start + len(stored), self.columns))
+
+    def encode(self, numbers: torch.Tensor, stored: torch.Tensor, start: int) -> None:
+        """Round numbers into `stored`, which holds rows of the weight from row `start` on."""
+        if stored.element_size() > 1:
+            stored.copy_(numbers)
+            return
+        if self.scale is not None and self.values is not None:
+            numbers = numbers / self.scale.spread(self.values, start, start + len(stored), self.columns)
+        largest = torch.finfo(self.dtype).max  # beyond it, e4m3 has only NaN
+        stored.copy_(numbers.clamp(-largest, largest))
+
+
+def codec_of(ref: TensorRef, scales: Mapping[str, Fp8Scale]) -> Codec:
+    """How `ref` is stored; reads the scale, where it has one."""
+    name = FLOAT_DTYPES.get(ref.dtype) or FP8_DTYPES[ref.dtype]
+    scale = scales.get(ref.name)
+    values = read_tensor(scale.ref).float() if scale else None
+    return Codec(getattr(torch, name), ref.numel // (ref.shape[0] if ref.shape else 1), scale, values)
+
+
+class Gathered:
+    """The whole weight that a patch's module stands for, read from the tensors that hold its rows."""
+
+    def __init__(self, patch: Patch, scales: Mapping[str, Fp8Scale], work: torch.dtype) -> None:
+        self._runs, self._work, self.shape = patch.everywhere, work, patch.shape
+        self._codecs = {run.weight.name: codec_of(run.weight, scales) for run in patch.everywhere}
+
+    shape: Shape
+    """`(out, in, *kernel)`, or `(n,)`."""
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Rows `start` to `stop` in the order of the module's own rows, flattened to `(stop - start, columns)`."""
+        columns = math.prod(self.shape[1:])
+        found = torch.zeros(stop - start, columns, dtype=self._work)
+        for run in self._runs:
+            first, last = max(start, run.delta_first), min(stop, run.delta_first + run.rows)
+            if first < last:
+                codec, shift = self._codecs[run.weight.name], run.first - run.delta_first
+                stored = codec.view(read_rows(run.weight, first + shift, last + shift))
+                found[first - start : last - start, : codec.columns] = codec.decode(stored, first + shift)
+        return found
+
+
+def rescaled(before: Codec, largest: torch.Tensor) -> Codec:
+    """The codec of an fp8 weight after editing: each scale takes its block's `largest` magnitude to the dtype's end."""
+    assert before.scale is not None
+    scale = before.scale
+    values = largest / torch.finfo(before.dtype).max
+    values[values == 0] = 1.0
+    stored = values.to(getattr(torch, FLOAT_DTYPES[scale.ref.dtype]))  # what a reader will multiply with
+    return replace(before, values=stored.float().view(scale.ref.shape))
+
+
+def largest_magnitudes(codec: Codec, numbers: torch.Tensor, start: int, into: torch.Tensor) -> None:
+    """Raise `into`, of the scale's shape, to the largest magnitudes in rows from row `start` on."""
+    assert codec.scale is not None
+    scale = codec.scale
+    grid = into.view(-1, into.shape[-1] if into.dim() > 1 else 1)
+    magnitudes = numbers.abs()
+    wide = -(-codec.columns // scale.block_columns)
+    padded = torch.nn.functional.pad(magnitudes, (0, wide * scale.block_columns - codec.columns))
+    by_columns = padded.view(len(numbers), wide, scale.block_columns).amax(2)  # (rows, column blocks)
+    owner = torch.arange(start, start + len(numbers)) // scale.block_rows if len(grid) > 1 else None
+    if owner is None:
+        torch.maximum(grid, by_columns.amax(0, keepdim=True), out=grid)
+    else:
+        grid.scatter_reduce_(0, owner[:, None].expand(-1, wide), by_columns, "amax")
+
+
+def scale_bytes(codec: Codec) -> bytes:
+    """The scale tensor's bytes."""
+    assert codec.scale is not None
+    assert codec.values is not None
+    dtype: torch.dtype = getattr(torch, FLOAT_DTYPES[codec.scale.ref.dtype])
+    return bytes(codec.values.to(dtype).contiguous().view(-1).view(torch.uint8).tolist())
