@@ -140,7 +140,8 @@ def _module(path: Path, key: tuple[str, str], stems: Mapping[tuple[str, str], Ma
     alpha = roles.get("alpha")
     if alpha is not None and not is_scalar(alpha):
         raise LoraFileError(f"{path}: {alpha.name} should be one number, is {alpha.dtype} {list(alpha.shape)}")
-    factors = {role: ref for role, ref in roles.items() if role != "alpha"}
+    # A `reshape_weight` says to which shape a weight is widened; A and B have that shape anyway.
+    factors = {role: ref for role, ref in roles.items() if role not in ("alpha", "reshape_weight")}
     return LoraModule(stem, parameter, factors, None if alpha is None else read_scalar(alpha))
 
 

@@ -3,25 +3,27 @@
 from collections.abc import Mapping
 
 from .algebra import Algebra, Block, Shape, Weight
+from .boft import BOFT
 from .diff import DIFF
 from .dora import DORA
+from .glora import GLORA
 from .loha import LOHA
 from .lokr import LOKR
 from .lora import LORA
+from .lora_bias import LORA_BIAS
+from .oft import OFT
+from .replace import REPLACE
 
-ALGEBRAS: tuple[Algebra, ...] = (LORA, DORA, LOHA, LOKR, DIFF)
+ALGEBRAS: tuple[Algebra, ...] = (LORA, LORA_BIAS, DORA, LOHA, LOKR, GLORA, OFT, BOFT, DIFF, REPLACE)
 
 UNSUPPORTED = {
-    "magnitude": "DoRA on this kind of factors",
-    "mid": "LoCon with a Tucker core",
-    "up_bias": "LoRA with a bias (lora_bias)",
-    "set_weight": "a weight replacement (.set_weight)",
     "reshape_weight": "a widened weight (.reshape_weight)",
-    "oft_blocks": "OFT",
-    "oft_R": "OFT",
-    "rescale": "OFT",
-    "on_input": "(IA)^3",
-    "glora": "GLoRA",
+    "timestep": "a timestep-dependent LoRA (it has no one weight)",
+    "oft_R": "PEFT's OFT or BOFT (oft_R, boft_R)",
+    "ia3": "(IA)^3",
+    "hra": "HRA",
+    "vera": "VeRA",
+    "fourierft": "FourierFT",
 }
 """Roles that are recognised but that no algebra here computes -> what to call them."""
 

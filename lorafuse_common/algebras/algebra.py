@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import torch
 
 Shape = tuple[int, ...]
+
+BLOCK_ELEMENTS = 1 << 22
+"""What rules read of a whole weight at a time: 16 MiB in fp32."""
 
 
 class Block(NamedTuple):
@@ -39,6 +43,20 @@ class Weight(Protocol):
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """Some of its rows, read from the base: `(stop - start, in * kernel)` in fp32 (fp64 for fp64 weights)."""
         ...
+
+
+def row_count(shape: Shape) -> int | None:
+    """The rows of a factor, which are its rank; None for one without any, which fits no weight."""
+    return (shape[0] or None) if shape else None
+
+
+def row_blocks(weight: Weight, multiple: int = 1) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """All rows of a weight in blocks `(start, stop, rows)`, each but the last a multiple of so many rows."""
+    most = BLOCK_ELEMENTS // max(1, math.prod(weight.shape[1:]))
+    step = max(most // multiple, 1) * multiple
+    for start in range(0, weight.shape[0], step):
+        stop = min(start + step, weight.shape[0])
+        yield start, stop, weight.rows(start, stop)
 
 
 class Algebra(Protocol):

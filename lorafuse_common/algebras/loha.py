@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .algebra import Algebra, Block, Shape
+from .algebra import Algebra, Block, Shape, row_count
 
 if TYPE_CHECKING:
     import torch
@@ -26,18 +26,22 @@ class Loha(Algebra):
         """All four matrices, with both cores or none."""
         return shapes.keys() in (ROLES, ROLES | CORES)
 
-    def rank(self, shapes: Mapping[str, Shape]) -> int:
+    def rank(self, shapes: Mapping[str, Shape]) -> int | None:
         """The rows of w1_b."""
-        return shapes["hada_w1_b"][0]
+        return row_count(shapes["hada_w1_b"])
 
     def misfit(self, shapes: Mapping[str, Shape], base: Shape) -> str | None:
         """Compare `(out, in)` of both products with the weight's."""
         for side in ("1", "2"):
             first, second = shapes[f"hada_w{side}_a"], shapes[f"hada_w{side}_b"]
             core = shapes.get(f"hada_t{side}")
-            inner = (first[0], second[0]) if core else (first[1], second[0])
-            made = (first[1], second[1] * math.prod(core[2:])) if core else (first[0], second[1])
-            if inner[0] != inner[1] or made != (base[0], math.prod(base[1:])):
+            if len(first) != 2 or len(second) != 2 or 0 in (*first, *second):
+                return f"its factors {list(first)} and {list(second)} are no matrices"
+            if core is None:
+                agree, made = first[1] == second[0], (first[0], second[1])
+            else:
+                agree, made = (first[0], second[0]) == core[:2], (first[1], second[1] * math.prod(core[2:]))
+            if not agree or made != (base[0], math.prod(base[1:])):
                 return (
                     f"factors {list(first)} and {list(second)}{f' with core {list(core)}' if core else ''} "
                     f"do not make the base's weight {'x'.join(map(str, base))}"

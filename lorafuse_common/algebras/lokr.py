@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .algebra import Algebra, Block, Shape
+from .algebra import Algebra, Block, Shape, row_count
 
 if TYPE_CHECKING:
     import torch
@@ -32,11 +32,12 @@ class Lokr(Algebra):
 
     def rank(self, shapes: Mapping[str, Shape]) -> int | None:
         """The rows of w2_b, else of w1_b; with both factors full, alpha means nothing (some write infinity)."""
-        factored = shapes.get("lokr_w2_b") or shapes.get("lokr_w1_b")
-        return factored[0] if factored else None
+        return row_count(shapes.get("lokr_w2_b") or shapes.get("lokr_w1_b") or ())
 
     def misfit(self, shapes: Mapping[str, Shape], base: Shape) -> str | None:
         """Compare `(m * p, n * q * kernel)` with the weight's."""
+        if any(len(shape) < 2 or 0 in shape for shape in shapes.values()):
+            return f"its factors are no matrices: { ({role: list(shape) for role, shape in shapes.items()}) }"
         left, right = _left_shape(shapes), _right_shape(shapes)
         if left is None or right is None:
             return f"the ranks of its factors differ: { ({role: list(shape) for role, shape in shapes.items()}) }"

@@ -160,7 +160,7 @@ def _no_algebra(module: LoraModule, lora: LoraFile) -> Misfit:
         return Misfit(ProblemKind.UNKNOWN_ALGEBRA, config.unfusable)
     if _is_kohya_oft(lora, module):
         return Misfit(
-            ProblemKind.UNKNOWN_ALGEBRA, "is kohya's own OFT, which has LyCORIS' names but another constraint"
+            ProblemKind.UNKNOWN_ALGEBRA, "is kohya's own OFT, which has LyCORIS' names but constrains and splits its blocks otherwise"
         )
     if foreign := sorted({UNSUPPORTED[role] for role in module.factors if role in UNSUPPORTED}):
         return Misfit(ProblemKind.UNKNOWN_ALGEBRA, f"is {' and '.join(foreign)}, which cannot be fused")
