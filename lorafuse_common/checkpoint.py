@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 from .errors import CheckpointError
 from .families import FAMILIES, family_of_class
 from .manifest import MANIFEST_NAME
-from .naming import Family, Layout, identify
+from .naming import Family, Layout, candidates
 from .tensorfile import TensorFile, TensorRef, read_header
 
 DEFAULT_COMPONENT = "transformer"
-PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "transformer.", "model.", "net.")
+COMFY_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+PREFIXES = ("", *COMFY_PREFIXES, "transformer.", "model.", "net.")
 """What single-file checkpoints put before the transformer's names."""
 _INDEX_SUFFIX = ".safetensors.index.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
@@ -116,8 +117,7 @@ def _checkpoint(root: Path, form: Form, component: str | None, weights: _Weights
                     f"{root}: tensor {name!r} is in both {tensors[name].file.name} and {file.path.name}"
                 )
             tensors[name] = ref
-    known = identify_prefix(tensors, class_name)
-    prefix, found = known if known else ("", None)
+    prefix, found = identify_prefix(tensors, class_name)
     own = {name.removeprefix(prefix): ref for name, ref in tensors.items() if name.startswith(prefix)}
     family = found[0] if found else (family_of_class(class_name) if class_name else None)
     return Checkpoint(
@@ -138,17 +138,21 @@ def _checkpoint(root: Path, form: Form, component: str | None, weights: _Weights
 
 def identify_prefix(
     tensors: Mapping[str, TensorRef], class_name: str | None
-) -> tuple[str, tuple[Family, Layout]] | None:
-    """The prefix under which the most names belong to a known family, and that family."""
-    best: tuple[int, str, tuple[Family, Layout]] | None = None
-    for prefix in PREFIXES:
-        names = [n.removeprefix(prefix).removesuffix(".weight") for n in tensors if n.startswith(prefix)]
-        found = identify(names, FAMILIES, class_name)
-        if found:
-            explained = found[1].explained(names)
-            if best is None or explained > best[0]:
-                best = (explained, prefix, found)
-    return (best[1], best[2]) if best else None
+) -> tuple[str, tuple[Family, Layout] | None]:
+    """The prefix under which the most names belong to known families, and the one family that they fit, if it is one.
+
+    For a model of no known family, the prefixes that only ComfyUI writes are taken off all the same.
+    """
+    best, prefix, family = 0, "", None
+    for tried in PREFIXES:
+        names = [n.removeprefix(tried).removesuffix(".weight") for n in tensors if n.startswith(tried)]
+        found = candidates(names, FAMILIES, class_name)
+        explained = found[0][1].explained(names) if found else 0
+        if explained > best:
+            best, prefix, family = explained, tried, found[0] if len(found) == 1 else None
+    if not best:
+        prefix = next((p for p in COMFY_PREFIXES if any(name.startswith(p) for name in tensors)), "")
+    return prefix, family
 
 
 def _class_name(folder: Path) -> str | None:

@@ -99,6 +99,11 @@ def read_header(path: Path) -> TensorFile:
             f"{path}: pickle files ({path.suffix}) can run code when loaded and are not read. "
             "Convert the file to .safetensors with the program that wrote it."
         )
+    if path.suffix.lower() == ".gguf":
+        raise CheckpointError(
+            f"{path}: GGUF files hold packed weights, which cannot be edited. "
+            "Fuse into the bf16 or fp16 checkpoint (.safetensors) and quantise the result."
+        )
     try:
         size = path.stat().st_size
         with path.open("rb") as file:

@@ -2,4 +2,6 @@
 
 from .dialect import AB_ROLES, Dialect
 
-DIFFUSERS = Dialect("diffusers", ("transformer.", "transformer.transformer."), AB_ROLES | {"magnitude": ".lora_magnitude_vector"})
+DIFFUSERS = Dialect(
+    "diffusers", ("transformer.", "transformer.transformer."), AB_ROLES | {"magnitude": ".lora_magnitude_vector"}
+)

@@ -23,6 +23,10 @@ DIFFUSERS = Layout(
         "transformer_blocks.{}.attn.add_k_proj",
         "transformer_blocks.{}.attn.add_v_proj",
         "transformer_blocks.{}.attn.to_add_out",
+        "transformer_blocks.{}.attn.norm_q",
+        "transformer_blocks.{}.attn.norm_k",
+        "transformer_blocks.{}.attn.norm_added_q",
+        "transformer_blocks.{}.attn.norm_added_k",
         "transformer_blocks.{}.ff.net.0.proj",
         "transformer_blocks.{}.ff.net.2",
         "transformer_blocks.{}.ff_context.net.0.proj",
@@ -33,6 +37,8 @@ DIFFUSERS = Layout(
         "single_transformer_blocks.{}.attn.to_q",
         "single_transformer_blocks.{}.attn.to_k",
         "single_transformer_blocks.{}.attn.to_v",
+        "single_transformer_blocks.{}.attn.norm_q",
+        "single_transformer_blocks.{}.attn.norm_k",
         "proj_out",
     )
     | {
@@ -63,6 +69,10 @@ ORIGINAL = Layout(
             "transformer_blocks.{}.attn.add_v_proj",
         ),
         "double_blocks.{}.txt_attn.proj": parts("transformer_blocks.{}.attn.to_add_out"),
+        "double_blocks.{}.img_attn.norm.query_norm.scale": parts("transformer_blocks.{}.attn.norm_q"),
+        "double_blocks.{}.img_attn.norm.key_norm.scale": parts("transformer_blocks.{}.attn.norm_k"),
+        "double_blocks.{}.txt_attn.norm.query_norm.scale": parts("transformer_blocks.{}.attn.norm_added_q"),
+        "double_blocks.{}.txt_attn.norm.key_norm.scale": parts("transformer_blocks.{}.attn.norm_added_k"),
         "double_blocks.{}.txt_mlp.0": parts("transformer_blocks.{}.ff_context.net.0.proj"),
         "double_blocks.{}.txt_mlp.2": parts("transformer_blocks.{}.ff_context.net.2"),
         "double_blocks.{}.img_mod.lin": parts("transformer_blocks.{}.norm1.linear"),
@@ -75,6 +85,8 @@ ORIGINAL = Layout(
             shares=(1, 1, 1, 4),
         ),
         "single_blocks.{}.linear2": parts("single_transformer_blocks.{}.proj_out"),
+        "single_blocks.{}.norm.query_norm.scale": parts("single_transformer_blocks.{}.attn.norm_q"),
+        "single_blocks.{}.norm.key_norm.scale": parts("single_transformer_blocks.{}.attn.norm_k"),
         "single_blocks.{}.modulation.lin": parts("single_transformer_blocks.{}.norm.linear"),
         "final_layer.linear": parts("proj_out"),
         "final_layer.adaLN_modulation.1": parts("norm_out.linear.shift", "norm_out.linear.scale"),
@@ -105,9 +117,16 @@ XLABS = Layout(
 )
 """XLabs' names, of LoRAs only; `_lora` is taken for a suffix where no number follows it."""
 
+COMFYUI = Layout(
+    "comfyui",
+    {module.removesuffix(".scale"): its for module, its in ORIGINAL.modules.items() if module.endswith("_norm.scale")},
+)
+"""What its newer versions call the norms' weights; all other names are the original's."""
+
 FLUX = Family(
     name="flux",
     title="FLUX.1",
     transformer_classes=("FluxTransformer2DModel",),
-    layouts=(DIFFUSERS, ORIGINAL, XLABS),
+    layouts=(DIFFUSERS, ORIGINAL, XLABS, COMFYUI),
+    widenable={"x_embedder": "in_channels"},
 )

@@ -188,9 +188,7 @@ def parse_lora(text: str) -> LoraRequest:
         strength = float(tail)
     except ValueError:
         if tail and "/" not in tail and not tail.endswith(".safetensors"):
-            raise ConfigError(
-                f"--lora {text}: {tail!r} is no strength; expected FILE[:STRENGTH][@COMPONENT]"
-            ) from None
+            raise ConfigError(f"--lora {text}: {tail!r} is no strength; expected FILE[:STRENGTH][@COMPONENT]") from None
         return LoraRequest(Path(name), component=component)
     if not -1e3 < strength < 1e3:
         raise ConfigError(f"--lora {text}: strength {tail} is out of range; strengths are about 1")

@@ -139,9 +139,7 @@ def _no_shape(ground: Ground, target: Target, parameter: str) -> Harmless | Misf
     return Misfit(ProblemKind.SHAPE_MISMATCH, f"its parts {target.parts.names} have different widths in the base")
 
 
-def _wider_shape(
-    ground: Ground, target: Target, module: LoraModule, algebra: Algebra, shape: Shape
-) -> Shape | None:
+def _wider_shape(ground: Ground, target: Target, module: LoraModule, algebra: Algebra, shape: Shape) -> Shape | None:
     """The shape that an input embedder has to get, where a LoRA brings more input columns; None elsewhere."""
     family = ground.base.family
     if not family or target.parts.names[0] not in family.widenable or "down" not in module.factors:
@@ -160,7 +158,8 @@ def _no_algebra(module: LoraModule, lora: LoraFile) -> Misfit:
         return Misfit(ProblemKind.UNKNOWN_ALGEBRA, config.unfusable)
     if _is_kohya_oft(lora, module):
         return Misfit(
-            ProblemKind.UNKNOWN_ALGEBRA, "is kohya's own OFT, which has LyCORIS' names but constrains and splits its blocks otherwise"
+            ProblemKind.UNKNOWN_ALGEBRA,
+            "is kohya's own OFT, which has LyCORIS' names but constrains and splits its blocks otherwise",
         )
     if foreign := sorted({UNSUPPORTED[role] for role in module.factors if role in UNSUPPORTED}):
         return Misfit(ProblemKind.UNKNOWN_ALGEBRA, f"is {' and '.join(foreign)}, which cannot be fused")

@@ -14,6 +14,7 @@ from lorafuse_common.checkpoint import Checkpoint, open_checkpoint
 from lorafuse_common.errors import NotALoraError
 from lorafuse_common.lora import LoraFile, LoraModule, component_of, guess_dialect, guess_families, read_lora
 from lorafuse_common.manifest import read_manifest
+from lorafuse_common.quantised import packed_format
 from lorafuse_common.scale import ScaleConflictError, resolve_scale
 from lorafuse_common.tensorfile import TensorRef
 
@@ -53,6 +54,7 @@ def _checkpoint_facts(base: Checkpoint) -> dict[str, Any]:
         "files": len(base.files),
         "tensors": len(base.tensors),
         "dtypes": _dtypes(base.tensors),
+        "packed": packed_format(base.tensors),
         "parameters": sum(ref.numel for ref in base.tensors.values()),
         "bytes": base.nbytes,
     }

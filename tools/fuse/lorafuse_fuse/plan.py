@@ -267,9 +267,7 @@ def _elsewhere(request: LoraRequest, requests: Sequence[LoraRequest]) -> set[str
 
 def _patch(request: LoraRequest, module: LoraModule, fitted: Fitted, tensor: str) -> Patch:
     runs = tuple(run for run in fitted.runs if run.weight.name == tensor)
-    return Patch(
-        request.label, module, fitted.algebra, fitted.shape, fitted.scale, request.strength, runs, fitted.runs
-    )
+    return Patch(request.label, module, fitted.algebra, fitted.shape, fitted.scale, request.strength, runs, fitted.runs)
 
 
 class _Fits(NamedTuple):
