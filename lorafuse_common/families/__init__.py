@@ -4,16 +4,22 @@ from collections.abc import Iterable
 
 from lorafuse_common.naming import Family, pattern_of
 
+from .auraflow import AURAFLOW
 from .chroma import CHROMA
 from .cosmos import COSMOS
 from .flux import FLUX
 from .flux2 import FLUX2
+from .hidream import HIDREAM
 from .hunyuan_video import HUNYUAN_VIDEO
+from .ideogram4 import IDEOGRAM4
 from .krea2 import KREA2
+from .ltx2 import LTX2
 from .ltx_video import LTX_VIDEO
 from .lumina2 import LUMINA2
 from .mochi import MOCHI
 from .qwen_image import QWEN_IMAGE
+from .qwen_image21 import QWEN_IMAGE21
+from .sana import SANA
 from .sd3 import SD3
 from .wan import WAN
 from .z_image import Z_IMAGE
@@ -32,6 +38,12 @@ FAMILIES: tuple[Family, ...] = (
     COSMOS,
     KREA2,
     MOCHI,
+    LTX2,
+    SANA,
+    QWEN_IMAGE21,
+    HIDREAM,
+    AURAFLOW,
+    IDEOGRAM4,
 )
 
 

@@ -11,6 +11,7 @@ DIFFUSERS = Layout(
         "distilled_guidance_layer.out_proj",
         "distilled_guidance_layer.layers.{}.linear_1",
         "distilled_guidance_layer.layers.{}.linear_2",
+        "distilled_guidance_layer.norms.{}",
         "transformer_blocks.{}.attn.to_q",
         "transformer_blocks.{}.attn.to_k",
         "transformer_blocks.{}.attn.to_v",
@@ -19,6 +20,10 @@ DIFFUSERS = Layout(
         "transformer_blocks.{}.attn.add_k_proj",
         "transformer_blocks.{}.attn.add_v_proj",
         "transformer_blocks.{}.attn.to_add_out",
+        "transformer_blocks.{}.attn.norm_q",
+        "transformer_blocks.{}.attn.norm_k",
+        "transformer_blocks.{}.attn.norm_added_q",
+        "transformer_blocks.{}.attn.norm_added_k",
         "transformer_blocks.{}.ff.net.0.proj",
         "transformer_blocks.{}.ff.net.2",
         "transformer_blocks.{}.ff_context.net.0.proj",
@@ -28,6 +33,8 @@ DIFFUSERS = Layout(
         "single_transformer_blocks.{}.attn.to_q",
         "single_transformer_blocks.{}.attn.to_k",
         "single_transformer_blocks.{}.attn.to_v",
+        "single_transformer_blocks.{}.attn.norm_q",
+        "single_transformer_blocks.{}.attn.norm_k",
         "proj_out",
     ),
 )
@@ -41,6 +48,7 @@ ORIGINAL = Layout(
         "distilled_guidance_layer.out_proj": parts("distilled_guidance_layer.out_proj"),
         "distilled_guidance_layer.layers.{}.in_layer": parts("distilled_guidance_layer.layers.{}.linear_1"),
         "distilled_guidance_layer.layers.{}.out_layer": parts("distilled_guidance_layer.layers.{}.linear_2"),
+        "distilled_guidance_layer.norms.{}.scale": parts("distilled_guidance_layer.norms.{}"),
         "double_blocks.{}.img_attn.qkv": parts(
             "transformer_blocks.{}.attn.to_q", "transformer_blocks.{}.attn.to_k", "transformer_blocks.{}.attn.to_v"
         ),
@@ -53,6 +61,10 @@ ORIGINAL = Layout(
             "transformer_blocks.{}.attn.add_v_proj",
         ),
         "double_blocks.{}.txt_attn.proj": parts("transformer_blocks.{}.attn.to_add_out"),
+        "double_blocks.{}.img_attn.norm.query_norm.scale": parts("transformer_blocks.{}.attn.norm_q"),
+        "double_blocks.{}.img_attn.norm.key_norm.scale": parts("transformer_blocks.{}.attn.norm_k"),
+        "double_blocks.{}.txt_attn.norm.query_norm.scale": parts("transformer_blocks.{}.attn.norm_added_q"),
+        "double_blocks.{}.txt_attn.norm.key_norm.scale": parts("transformer_blocks.{}.attn.norm_added_k"),
         "double_blocks.{}.txt_mlp.0": parts("transformer_blocks.{}.ff_context.net.0.proj"),
         "double_blocks.{}.txt_mlp.2": parts("transformer_blocks.{}.ff_context.net.2"),
         "single_blocks.{}.linear1": parts(
@@ -63,13 +75,21 @@ ORIGINAL = Layout(
             shares=(1, 1, 1, 4),
         ),
         "single_blocks.{}.linear2": parts("single_transformer_blocks.{}.proj_out"),
+        "single_blocks.{}.norm.query_norm.scale": parts("single_transformer_blocks.{}.attn.norm_q"),
+        "single_blocks.{}.norm.key_norm.scale": parts("single_transformer_blocks.{}.attn.norm_k"),
         "final_layer.linear": parts("proj_out"),
     },
 )
+
+COMFYUI = Layout(
+    "comfyui",
+    {module.removesuffix(".scale"): its for module, its in ORIGINAL.modules.items() if module.endswith("_norm.scale")},
+)
+"""What its newer versions call the norms' weights; all other names are the original's."""
 
 CHROMA = Family(
     name="chroma",
     title="Chroma",
     transformer_classes=("ChromaTransformer2DModel",),
-    layouts=(DIFFUSERS, ORIGINAL),
+    layouts=(DIFFUSERS, ORIGINAL, COMFYUI),
 )

@@ -2,61 +2,44 @@
 
 from lorafuse_common.naming import Family, Layout, names, parts
 
-DIFFUSERS = Layout(
-    "diffusers",
-    names(
-        "patch_embed.proj",
-        "time_embed.t_embedder.linear_1",
-        "time_embed.t_embedder.linear_2",
-        "norm_out.linear_1",
-        "norm_out.linear_2",
-        "proj_out",
-        "transformer_blocks.{}.attn1.to_q",
-        "transformer_blocks.{}.attn1.to_k",
-        "transformer_blocks.{}.attn1.to_v",
-        "transformer_blocks.{}.attn1.to_out.0",
-        "transformer_blocks.{}.attn2.to_q",
-        "transformer_blocks.{}.attn2.to_k",
-        "transformer_blocks.{}.attn2.to_v",
-        "transformer_blocks.{}.attn2.to_out.0",
-        "transformer_blocks.{}.ff.net.0.proj",
-        "transformer_blocks.{}.ff.net.2",
-        "transformer_blocks.{}.norm1.linear_1",
-        "transformer_blocks.{}.norm1.linear_2",
-        "transformer_blocks.{}.norm2.linear_1",
-        "transformer_blocks.{}.norm2.linear_2",
-        "transformer_blocks.{}.norm3.linear_1",
-        "transformer_blocks.{}.norm3.linear_2",
-    ),
-)
+_BLOCK = {
+    "self_attn.q_proj": "attn1.to_q",
+    "self_attn.k_proj": "attn1.to_k",
+    "self_attn.v_proj": "attn1.to_v",
+    "self_attn.output_proj": "attn1.to_out.0",
+    "self_attn.q_norm": "attn1.norm_q",
+    "self_attn.k_norm": "attn1.norm_k",
+    "cross_attn.q_proj": "attn2.to_q",
+    "cross_attn.k_proj": "attn2.to_k",
+    "cross_attn.v_proj": "attn2.to_v",
+    "cross_attn.output_proj": "attn2.to_out.0",
+    "cross_attn.q_norm": "attn2.norm_q",
+    "cross_attn.k_norm": "attn2.norm_k",
+    "mlp.layer1": "ff.net.0.proj",
+    "mlp.layer2": "ff.net.2",
+    "adaln_modulation_self_attn.1": "norm1.linear_1",
+    "adaln_modulation_self_attn.2": "norm1.linear_2",
+    "adaln_modulation_cross_attn.1": "norm2.linear_1",
+    "adaln_modulation_cross_attn.2": "norm2.linear_2",
+    "adaln_modulation_mlp.1": "norm3.linear_1",
+    "adaln_modulation_mlp.2": "norm3.linear_2",
+}
 
-ORIGINAL = Layout(
-    "original",
-    {
-        "x_embedder.proj.1": parts("patch_embed.proj"),
-        "t_embedder.1.linear_1": parts("time_embed.t_embedder.linear_1"),
-        "t_embedder.1.linear_2": parts("time_embed.t_embedder.linear_2"),
-        "final_layer.adaln_modulation.1": parts("norm_out.linear_1"),
-        "final_layer.adaln_modulation.2": parts("norm_out.linear_2"),
-        "final_layer.linear": parts("proj_out"),
-        "blocks.{}.self_attn.q_proj": parts("transformer_blocks.{}.attn1.to_q"),
-        "blocks.{}.self_attn.k_proj": parts("transformer_blocks.{}.attn1.to_k"),
-        "blocks.{}.self_attn.v_proj": parts("transformer_blocks.{}.attn1.to_v"),
-        "blocks.{}.self_attn.output_proj": parts("transformer_blocks.{}.attn1.to_out.0"),
-        "blocks.{}.cross_attn.q_proj": parts("transformer_blocks.{}.attn2.to_q"),
-        "blocks.{}.cross_attn.k_proj": parts("transformer_blocks.{}.attn2.to_k"),
-        "blocks.{}.cross_attn.v_proj": parts("transformer_blocks.{}.attn2.to_v"),
-        "blocks.{}.cross_attn.output_proj": parts("transformer_blocks.{}.attn2.to_out.0"),
-        "blocks.{}.mlp.layer1": parts("transformer_blocks.{}.ff.net.0.proj"),
-        "blocks.{}.mlp.layer2": parts("transformer_blocks.{}.ff.net.2"),
-        "blocks.{}.adaln_modulation_self_attn.1": parts("transformer_blocks.{}.norm1.linear_1"),
-        "blocks.{}.adaln_modulation_self_attn.2": parts("transformer_blocks.{}.norm1.linear_2"),
-        "blocks.{}.adaln_modulation_cross_attn.1": parts("transformer_blocks.{}.norm2.linear_1"),
-        "blocks.{}.adaln_modulation_cross_attn.2": parts("transformer_blocks.{}.norm2.linear_2"),
-        "blocks.{}.adaln_modulation_mlp.1": parts("transformer_blocks.{}.norm3.linear_1"),
-        "blocks.{}.adaln_modulation_mlp.2": parts("transformer_blocks.{}.norm3.linear_2"),
-    },
-)
+_RENAMED = {
+    "x_embedder.proj.1": "patch_embed.proj",
+    "t_embedder.1.linear_1": "time_embed.t_embedder.linear_1",
+    "t_embedder.1.linear_2": "time_embed.t_embedder.linear_2",
+    "t_embedding_norm": "time_embed.norm",
+    "crossattn_proj.0": "crossattn_proj.0",
+    "final_layer.adaln_modulation.1": "norm_out.linear_1",
+    "final_layer.adaln_modulation.2": "norm_out.linear_2",
+    "final_layer.linear": "proj_out",
+    **{f"blocks.{{}}.{original}": f"transformer_blocks.{{}}.{name}" for original, name in _BLOCK.items()},
+}
+
+DIFFUSERS = Layout("diffusers", names(*_RENAMED.values()))
+
+ORIGINAL = Layout("original", {original: parts(name) for original, name in _RENAMED.items()})
 
 COSMOS = Family(
     name="cosmos",

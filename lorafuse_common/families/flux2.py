@@ -22,12 +22,18 @@ DIFFUSERS = Layout(
         "transformer_blocks.{}.attn.add_k_proj",
         "transformer_blocks.{}.attn.add_v_proj",
         "transformer_blocks.{}.attn.to_add_out",
+        "transformer_blocks.{}.attn.norm_q",
+        "transformer_blocks.{}.attn.norm_k",
+        "transformer_blocks.{}.attn.norm_added_q",
+        "transformer_blocks.{}.attn.norm_added_k",
         "transformer_blocks.{}.ff.linear_in",
         "transformer_blocks.{}.ff.linear_out",
         "transformer_blocks.{}.ff_context.linear_in",
         "transformer_blocks.{}.ff_context.linear_out",
         "single_transformer_blocks.{}.attn.to_qkv_mlp_proj",
         "single_transformer_blocks.{}.attn.to_out",
+        "single_transformer_blocks.{}.attn.norm_q",
+        "single_transformer_blocks.{}.attn.norm_k",
         "proj_out",
     )
     | {
@@ -56,6 +62,10 @@ ORIGINAL = Layout(
             "transformer_blocks.{}.attn.add_v_proj",
         ),
         "double_blocks.{}.txt_attn.proj": parts("transformer_blocks.{}.attn.to_add_out"),
+        "double_blocks.{}.img_attn.norm.query_norm.scale": parts("transformer_blocks.{}.attn.norm_q"),
+        "double_blocks.{}.img_attn.norm.key_norm.scale": parts("transformer_blocks.{}.attn.norm_k"),
+        "double_blocks.{}.txt_attn.norm.query_norm.scale": parts("transformer_blocks.{}.attn.norm_added_q"),
+        "double_blocks.{}.txt_attn.norm.key_norm.scale": parts("transformer_blocks.{}.attn.norm_added_k"),
         "double_blocks.{}.txt_mlp.0": parts("transformer_blocks.{}.ff_context.linear_in"),
         "double_blocks.{}.txt_mlp.2": parts("transformer_blocks.{}.ff_context.linear_out"),
         "double_stream_modulation_img.lin": parts("double_stream_modulation_img.linear"),
@@ -63,15 +73,23 @@ ORIGINAL = Layout(
         "single_stream_modulation.lin": parts("single_stream_modulation.linear"),
         "single_blocks.{}.linear1": parts("single_transformer_blocks.{}.attn.to_qkv_mlp_proj"),
         "single_blocks.{}.linear2": parts("single_transformer_blocks.{}.attn.to_out"),
+        "single_blocks.{}.norm.query_norm.scale": parts("single_transformer_blocks.{}.attn.norm_q"),
+        "single_blocks.{}.norm.key_norm.scale": parts("single_transformer_blocks.{}.attn.norm_k"),
         "final_layer.linear": parts("proj_out"),
         "final_layer.adaLN_modulation.1": parts("norm_out.linear.shift", "norm_out.linear.scale"),
     },
 )
 
+COMFYUI = Layout(
+    "comfyui",
+    {module.removesuffix(".scale"): its for module, its in ORIGINAL.modules.items() if module.endswith("_norm.scale")},
+)
+"""What its newer versions call the norms' weights; all other names are the original's."""
+
 FLUX2 = Family(
     name="flux2",
     title="FLUX.2",
     transformer_classes=("Flux2Transformer2DModel",),
-    layouts=(DIFFUSERS, ORIGINAL),
+    layouts=(DIFFUSERS, ORIGINAL, COMFYUI),
     widths={6144: "dev", 3072: "klein 4B", 4096: "klein 9B"},
 )

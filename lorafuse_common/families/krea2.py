@@ -1,82 +1,49 @@
-"""Krea-2."""
+"""Krea-2; the flattened modulation of an original block has other rows in diffusers and does not cross."""
 
 from lorafuse_common.naming import Family, Layout, names, parts
 
-DIFFUSERS = Layout(
-    "diffusers",
-    names(
-        "img_in",
-        "time_embed.linear_1",
-        "time_embed.linear_2",
-        "time_mod_proj",
-        "txt_in.linear_1",
-        "txt_in.linear_2",
-        "text_fusion.projector",
-        "final_layer.linear",
-        "transformer_blocks.{}.attn.to_q",
-        "transformer_blocks.{}.attn.to_k",
-        "transformer_blocks.{}.attn.to_v",
-        "transformer_blocks.{}.attn.to_out.0",
-        "transformer_blocks.{}.attn.to_gate",
-        "transformer_blocks.{}.ff.gate",
-        "transformer_blocks.{}.ff.up",
-        "transformer_blocks.{}.ff.down",
-        "text_fusion.layerwise_blocks.{}.attn.to_q",
-        "text_fusion.layerwise_blocks.{}.attn.to_k",
-        "text_fusion.layerwise_blocks.{}.attn.to_v",
-        "text_fusion.layerwise_blocks.{}.attn.to_out.0",
-        "text_fusion.layerwise_blocks.{}.attn.to_gate",
-        "text_fusion.layerwise_blocks.{}.ff.gate",
-        "text_fusion.layerwise_blocks.{}.ff.up",
-        "text_fusion.layerwise_blocks.{}.ff.down",
-        "text_fusion.refiner_blocks.{}.attn.to_q",
-        "text_fusion.refiner_blocks.{}.attn.to_k",
-        "text_fusion.refiner_blocks.{}.attn.to_v",
-        "text_fusion.refiner_blocks.{}.attn.to_out.0",
-        "text_fusion.refiner_blocks.{}.attn.to_gate",
-        "text_fusion.refiner_blocks.{}.ff.gate",
-        "text_fusion.refiner_blocks.{}.ff.up",
-        "text_fusion.refiner_blocks.{}.ff.down",
-    ),
-)
+_BLOCK = {
+    "attn.wq": "attn.to_q",
+    "attn.wk": "attn.to_k",
+    "attn.wv": "attn.to_v",
+    "attn.wo": "attn.to_out.0",
+    "attn.gate": "attn.to_gate",
+    "attn.qknorm.qnorm.scale": "attn.norm_q",
+    "attn.qknorm.knorm.scale": "attn.norm_k",
+    "mlp.gate": "ff.gate",
+    "mlp.up": "ff.up",
+    "mlp.down": "ff.down",
+    "prenorm.scale": "norm1",
+    "postnorm.scale": "norm2",
+}
+_STACKS = {
+    "blocks": "transformer_blocks",
+    "txtfusion.layerwise_blocks": "text_fusion.layerwise_blocks",
+    "txtfusion.refiner_blocks": "text_fusion.refiner_blocks",
+}
 
-ORIGINAL = Layout(
-    "original",
-    {
-        "first": parts("img_in"),
-        "tmlp.0": parts("time_embed.linear_1"),
-        "tmlp.2": parts("time_embed.linear_2"),
-        "tproj.1": parts("time_mod_proj"),
-        "txtmlp.1": parts("txt_in.linear_1"),
-        "txtmlp.3": parts("txt_in.linear_2"),
-        "txtfusion.projector": parts("text_fusion.projector"),
-        "last.linear": parts("final_layer.linear"),
-        "blocks.{}.attn.wq": parts("transformer_blocks.{}.attn.to_q"),
-        "blocks.{}.attn.wk": parts("transformer_blocks.{}.attn.to_k"),
-        "blocks.{}.attn.wv": parts("transformer_blocks.{}.attn.to_v"),
-        "blocks.{}.attn.wo": parts("transformer_blocks.{}.attn.to_out.0"),
-        "blocks.{}.attn.gate": parts("transformer_blocks.{}.attn.to_gate"),
-        "blocks.{}.mlp.gate": parts("transformer_blocks.{}.ff.gate"),
-        "blocks.{}.mlp.up": parts("transformer_blocks.{}.ff.up"),
-        "blocks.{}.mlp.down": parts("transformer_blocks.{}.ff.down"),
-        "txtfusion.layerwise_blocks.{}.attn.wq": parts("text_fusion.layerwise_blocks.{}.attn.to_q"),
-        "txtfusion.layerwise_blocks.{}.attn.wk": parts("text_fusion.layerwise_blocks.{}.attn.to_k"),
-        "txtfusion.layerwise_blocks.{}.attn.wv": parts("text_fusion.layerwise_blocks.{}.attn.to_v"),
-        "txtfusion.layerwise_blocks.{}.attn.wo": parts("text_fusion.layerwise_blocks.{}.attn.to_out.0"),
-        "txtfusion.layerwise_blocks.{}.attn.gate": parts("text_fusion.layerwise_blocks.{}.attn.to_gate"),
-        "txtfusion.layerwise_blocks.{}.mlp.gate": parts("text_fusion.layerwise_blocks.{}.ff.gate"),
-        "txtfusion.layerwise_blocks.{}.mlp.up": parts("text_fusion.layerwise_blocks.{}.ff.up"),
-        "txtfusion.layerwise_blocks.{}.mlp.down": parts("text_fusion.layerwise_blocks.{}.ff.down"),
-        "txtfusion.refiner_blocks.{}.attn.wq": parts("text_fusion.refiner_blocks.{}.attn.to_q"),
-        "txtfusion.refiner_blocks.{}.attn.wk": parts("text_fusion.refiner_blocks.{}.attn.to_k"),
-        "txtfusion.refiner_blocks.{}.attn.wv": parts("text_fusion.refiner_blocks.{}.attn.to_v"),
-        "txtfusion.refiner_blocks.{}.attn.wo": parts("text_fusion.refiner_blocks.{}.attn.to_out.0"),
-        "txtfusion.refiner_blocks.{}.attn.gate": parts("text_fusion.refiner_blocks.{}.attn.to_gate"),
-        "txtfusion.refiner_blocks.{}.mlp.gate": parts("text_fusion.refiner_blocks.{}.ff.gate"),
-        "txtfusion.refiner_blocks.{}.mlp.up": parts("text_fusion.refiner_blocks.{}.ff.up"),
-        "txtfusion.refiner_blocks.{}.mlp.down": parts("text_fusion.refiner_blocks.{}.ff.down"),
+_RENAMED = {
+    "first": "img_in",
+    "tmlp.0": "time_embed.linear_1",
+    "tmlp.2": "time_embed.linear_2",
+    "tproj.1": "time_mod_proj",
+    "txtmlp.0.scale": "txt_in.norm",
+    "txtmlp.1": "txt_in.linear_1",
+    "txtmlp.3": "txt_in.linear_2",
+    "txtfusion.projector": "text_fusion.projector",
+    "last.linear": "final_layer.linear",
+    "last.norm.scale": "final_layer.norm",
+    "last.modulation.lin": "final_layer.scale_shift_table",
+    **{
+        f"{stack}.{{}}.{original}": f"{its_name}.{{}}.{name}"
+        for stack, its_name in _STACKS.items()
+        for original, name in _BLOCK.items()
     },
-)
+}
+
+DIFFUSERS = Layout("diffusers", names(*_RENAMED.values()))
+
+ORIGINAL = Layout("original", {original: parts(name) for original, name in _RENAMED.items()})
 
 KREA2 = Family(
     name="krea2",

@@ -13,6 +13,7 @@ DIFFUSERS = Layout(
         "time_embed.pooler.to_out",
         "time_embed.caption_proj",
         "proj_out",
+        "pos_frequencies",
         "transformer_blocks.{}.norm1.linear",
         "transformer_blocks.{}.norm1_context.linear",
         "transformer_blocks.{last}.norm1_context.linear_1",
@@ -24,6 +25,10 @@ DIFFUSERS = Layout(
         "transformer_blocks.{}.attn1.add_k_proj",
         "transformer_blocks.{}.attn1.add_v_proj",
         "transformer_blocks.{}.attn1.to_add_out",
+        "transformer_blocks.{}.attn1.norm_q",
+        "transformer_blocks.{}.attn1.norm_k",
+        "transformer_blocks.{}.attn1.norm_added_q",
+        "transformer_blocks.{}.attn1.norm_added_k",
         "transformer_blocks.{}.ff.net.2",
         "transformer_blocks.{}.ff_context.net.2",
     )
@@ -49,6 +54,7 @@ ORIGINAL = Layout(
         "t5_y_embedder.to_out": parts("time_embed.pooler.to_out"),
         "t5_yproj": parts("time_embed.caption_proj"),
         "final_layer.linear": parts("proj_out"),
+        "pos_frequencies": parts("pos_frequencies"),
         "blocks.{}.mod_x": parts("transformer_blocks.{}.norm1.linear"),
         "blocks.{}.mod_y": parts("transformer_blocks.{}.norm1_context.linear"),
         "blocks.{last}.mod_y": parts("transformer_blocks.{last}.norm1_context.linear_1"),
@@ -62,6 +68,10 @@ ORIGINAL = Layout(
             "transformer_blocks.{}.attn1.add_v_proj",
         ),
         "blocks.{}.attn.proj_y": parts("transformer_blocks.{}.attn1.to_add_out"),
+        "blocks.{}.attn.q_norm_x": parts("transformer_blocks.{}.attn1.norm_q"),
+        "blocks.{}.attn.k_norm_x": parts("transformer_blocks.{}.attn1.norm_k"),
+        "blocks.{}.attn.q_norm_y": parts("transformer_blocks.{}.attn1.norm_added_q"),
+        "blocks.{}.attn.k_norm_y": parts("transformer_blocks.{}.attn1.norm_added_k"),
         "blocks.{}.mlp_x.w1": parts(
             "transformer_blocks.{}.ff.net.0.proj.proj", "transformer_blocks.{}.ff.net.0.proj.gate"
         ),

@@ -7,6 +7,7 @@ DIFFUSERS = Layout(
     names(
         "img_in",
         "txt_in",
+        "txt_norm",
         "time_text_embed.timestep_embedder.linear_1",
         "time_text_embed.timestep_embedder.linear_2",
         "transformer_blocks.{}.img_mod.1",
@@ -19,6 +20,10 @@ DIFFUSERS = Layout(
         "transformer_blocks.{}.attn.add_k_proj",
         "transformer_blocks.{}.attn.add_v_proj",
         "transformer_blocks.{}.attn.to_add_out",
+        "transformer_blocks.{}.attn.norm_q",
+        "transformer_blocks.{}.attn.norm_k",
+        "transformer_blocks.{}.attn.norm_added_q",
+        "transformer_blocks.{}.attn.norm_added_k",
         "transformer_blocks.{}.img_mlp.net.0.proj",
         "transformer_blocks.{}.img_mlp.net.2",
         "transformer_blocks.{}.txt_mlp.net.0.proj",

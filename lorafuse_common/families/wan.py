@@ -1,80 +1,81 @@
-"""Wan 2.1 and 2.2 (text-to-video, image-to-video, VACE), with the norms and modulations of LightX2V's full sets."""
+"""Wan 2.1 and 2.2 (text-to-video, image-to-video, VACE, Animate) and the models built on it."""
 
 from lorafuse_common.naming import Family, Layout, names, parts
 
-DIFFUSERS = Layout(
-    "diffusers",
-    names(
-        "patch_embedding",
-        "condition_embedder.time_embedder.linear_1",
-        "condition_embedder.time_embedder.linear_2",
-        "condition_embedder.time_proj",
-        "condition_embedder.text_embedder.linear_1",
-        "condition_embedder.text_embedder.linear_2",
-        "condition_embedder.image_embedder.ff.net.0.proj",
-        "condition_embedder.image_embedder.ff.net.2",
-        "blocks.{}.attn1.to_q",
-        "blocks.{}.attn1.to_k",
-        "blocks.{}.attn1.to_v",
-        "blocks.{}.attn1.to_out.0",
-        "blocks.{}.attn2.to_q",
-        "blocks.{}.attn2.to_k",
-        "blocks.{}.attn2.to_v",
-        "blocks.{}.attn2.to_out.0",
-        "blocks.{}.attn2.add_k_proj",
-        "blocks.{}.attn2.add_v_proj",
-        "blocks.{}.ffn.net.0.proj",
-        "blocks.{}.ffn.net.2",
-        "proj_out",
-        "blocks.{}.attn1.norm_q",
-        "blocks.{}.attn1.norm_k",
-        "blocks.{}.attn2.norm_q",
-        "blocks.{}.attn2.norm_k",
-        "blocks.{}.attn2.norm_added_k",
-        "blocks.{}.norm2",
-        "blocks.{}.scale_shift_table",
-        "condition_embedder.image_embedder.norm1",
-        "condition_embedder.image_embedder.norm2",
-        "scale_shift_table",
-    ),
-)
+_BLOCK = {
+    "self_attn.q": "attn1.to_q",
+    "self_attn.k": "attn1.to_k",
+    "self_attn.v": "attn1.to_v",
+    "self_attn.o": "attn1.to_out.0",
+    "self_attn.norm_q": "attn1.norm_q",
+    "self_attn.norm_k": "attn1.norm_k",
+    "cross_attn.q": "attn2.to_q",
+    "cross_attn.k": "attn2.to_k",
+    "cross_attn.v": "attn2.to_v",
+    "cross_attn.o": "attn2.to_out.0",
+    "cross_attn.k_img": "attn2.add_k_proj",
+    "cross_attn.v_img": "attn2.add_v_proj",
+    "cross_attn.norm_q": "attn2.norm_q",
+    "cross_attn.norm_k": "attn2.norm_k",
+    "cross_attn.norm_k_img": "attn2.norm_added_k",
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+    "norm3": "norm2",
+    "modulation": "scale_shift_table",
+}
+"""Within a block: original name -> diffusers' name."""
+
+_RENAMED = {
+    "patch_embedding": "patch_embedding",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
+    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
+    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
+    "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
+    "head.head": "proj_out",
+    "head.modulation": "scale_shift_table",
+    **{
+        f"{stack}.{{}}.{original}": f"{stack}.{{}}.{name}"
+        for stack in ("blocks", "vace_blocks")
+        for original, name in _BLOCK.items()
+    },
+    "vace_patch_embedding": "vace_patch_embedding",
+    "vace_blocks.{}.before_proj": "vace_blocks.{}.proj_in",
+    "vace_blocks.{}.after_proj": "vace_blocks.{}.proj_out",
+    "pose_patch_embedding": "pose_patch_embedding",
+    "face_encoder.conv1_local.conv": "face_encoder.conv1_local",
+    "face_encoder.conv2.conv": "face_encoder.conv2",
+    "face_encoder.conv3.conv": "face_encoder.conv3",
+    "face_encoder.out_proj": "face_encoder.out_proj",
+    "face_encoder.padding_tokens": "face_encoder.padding_tokens",
+    "face_adapter.fuser_blocks.{}.linear1_q": "face_adapter.{}.to_q",
+    "face_adapter.fuser_blocks.{}.linear2": "face_adapter.{}.to_out",
+    "face_adapter.fuser_blocks.{}.q_norm": "face_adapter.{}.norm_q",
+    "face_adapter.fuser_blocks.{}.k_norm": "face_adapter.{}.norm_k",
+}
+
+DIFFUSERS = Layout("diffusers", names(*_RENAMED.values(), "face_adapter.{}.to_k", "face_adapter.{}.to_v"))
 
 ORIGINAL = Layout(
     "original",
-    {
-        "patch_embedding": parts("patch_embedding"),
-        "time_embedding.0": parts("condition_embedder.time_embedder.linear_1"),
-        "time_embedding.2": parts("condition_embedder.time_embedder.linear_2"),
-        "time_projection.1": parts("condition_embedder.time_proj"),
-        "text_embedding.0": parts("condition_embedder.text_embedder.linear_1"),
-        "text_embedding.2": parts("condition_embedder.text_embedder.linear_2"),
-        "img_emb.proj.1": parts("condition_embedder.image_embedder.ff.net.0.proj"),
-        "img_emb.proj.3": parts("condition_embedder.image_embedder.ff.net.2"),
-        "head.head": parts("proj_out"),
-        "blocks.{}.self_attn.q": parts("blocks.{}.attn1.to_q"),
-        "blocks.{}.self_attn.k": parts("blocks.{}.attn1.to_k"),
-        "blocks.{}.self_attn.v": parts("blocks.{}.attn1.to_v"),
-        "blocks.{}.self_attn.o": parts("blocks.{}.attn1.to_out.0"),
-        "blocks.{}.cross_attn.q": parts("blocks.{}.attn2.to_q"),
-        "blocks.{}.cross_attn.k": parts("blocks.{}.attn2.to_k"),
-        "blocks.{}.cross_attn.v": parts("blocks.{}.attn2.to_v"),
-        "blocks.{}.cross_attn.o": parts("blocks.{}.attn2.to_out.0"),
-        "blocks.{}.cross_attn.k_img": parts("blocks.{}.attn2.add_k_proj"),
-        "blocks.{}.cross_attn.v_img": parts("blocks.{}.attn2.add_v_proj"),
-        "blocks.{}.ffn.0": parts("blocks.{}.ffn.net.0.proj"),
-        "blocks.{}.ffn.2": parts("blocks.{}.ffn.net.2"),
-        "blocks.{}.self_attn.norm_q": parts("blocks.{}.attn1.norm_q"),
-        "blocks.{}.self_attn.norm_k": parts("blocks.{}.attn1.norm_k"),
-        "blocks.{}.cross_attn.norm_q": parts("blocks.{}.attn2.norm_q"),
-        "blocks.{}.cross_attn.norm_k": parts("blocks.{}.attn2.norm_k"),
-        "blocks.{}.cross_attn.norm_k_img": parts("blocks.{}.attn2.norm_added_k"),
-        "blocks.{}.norm3": parts("blocks.{}.norm2"),
-        "blocks.{}.modulation": parts("blocks.{}.scale_shift_table"),
-        "img_emb.proj.0": parts("condition_embedder.image_embedder.norm1"),
-        "img_emb.proj.4": parts("condition_embedder.image_embedder.norm2"),
-        "head.modulation": parts("scale_shift_table"),
-    },
+    {original: parts(name) for original, name in _RENAMED.items()}
+    | {"face_adapter.fuser_blocks.{}.linear1_kv": parts("face_adapter.{}.to_k", "face_adapter.{}.to_v")},
 )
+
+_IMAGE_MODULES = (
+    "condition_embedder.image_embedder.ff.net.0.proj",
+    "condition_embedder.image_embedder.ff.net.2",
+    "condition_embedder.image_embedder.norm1",
+    "condition_embedder.image_embedder.norm2",
+    "blocks.{}.attn2.add_k_proj",
+    "blocks.{}.attn2.add_v_proj",
+    "blocks.{}.attn2.norm_added_k",
+)
+"""What only Wan 2.1's image-to-video models have."""
 
 WAN = Family(
     name="wan",
@@ -83,7 +84,10 @@ WAN = Family(
         "WanTransformer3DModel",
         "WanVACETransformer3DModel",
         "WanAnimateTransformer3DModel",
+        "SkyReelsV2Transformer3DModel",
+        "ChronoEditTransformer3DModel",
     ),
     layouts=(DIFFUSERS, ORIGINAL),
     widths={1536: "1.3B", 3072: "5B", 5120: "14B"},
+    optional=dict.fromkeys(_IMAGE_MODULES, "modules for Wan 2.1's image embedder, which this Wan has not"),
 )

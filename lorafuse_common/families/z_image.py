@@ -1,78 +1,40 @@
-"""Z-Image (base, Turbo)."""
+"""Z-Image (base, Turbo, Omni)."""
 
 from lorafuse_common.naming import Family, Layout, names, parts
 
-DIFFUSERS = Layout(
-    "diffusers",
-    names(
-        "all_x_embedder.2-1",
-        "cap_embedder.1",
-        "t_embedder.mlp.0",
-        "t_embedder.mlp.2",
-        "layers.{}.attention.to_q",
-        "layers.{}.attention.to_k",
-        "layers.{}.attention.to_v",
-        "layers.{}.attention.to_out.0",
-        "layers.{}.feed_forward.w1",
-        "layers.{}.feed_forward.w2",
-        "layers.{}.feed_forward.w3",
-        "layers.{}.adaLN_modulation.0",
-        "noise_refiner.{}.attention.to_q",
-        "noise_refiner.{}.attention.to_k",
-        "noise_refiner.{}.attention.to_v",
-        "noise_refiner.{}.attention.to_out.0",
-        "noise_refiner.{}.feed_forward.w1",
-        "noise_refiner.{}.feed_forward.w2",
-        "noise_refiner.{}.feed_forward.w3",
-        "noise_refiner.{}.adaLN_modulation.0",
-        "context_refiner.{}.attention.to_q",
-        "context_refiner.{}.attention.to_k",
-        "context_refiner.{}.attention.to_v",
-        "context_refiner.{}.attention.to_out.0",
-        "context_refiner.{}.feed_forward.w1",
-        "context_refiner.{}.feed_forward.w2",
-        "context_refiner.{}.feed_forward.w3",
-        "all_final_layer.2-1.linear",
-        "all_final_layer.2-1.adaLN_modulation.1",
-    ),
+_STACKS = ("layers", "noise_refiner", "context_refiner", "siglip_refiner")
+_MODULATED = ("layers", "noise_refiner")
+
+_SAME = (
+    "cap_embedder.0",
+    "cap_embedder.1",
+    "t_embedder.mlp.0",
+    "t_embedder.mlp.2",
+    "siglip_embedder.0",
+    "siglip_embedder.1",
+    "x_pad_token",
+    "cap_pad_token",
+    "siglip_pad_token",
+    *(f"{stack}.{{}}.feed_forward.{w}" for stack in _STACKS for w in ("w1", "w2", "w3")),
+    *(f"{stack}.{{}}.{norm}_norm{n}" for stack in _STACKS for norm in ("attention", "ffn") for n in "12"),
+    *(f"{stack}.{{}}.adaLN_modulation.0" for stack in _MODULATED),
 )
 
-ORIGINAL = Layout(
-    "original",
-    {
-        "x_embedder": parts("all_x_embedder.2-1"),
-        "cap_embedder.1": parts("cap_embedder.1"),
-        "t_embedder.mlp.0": parts("t_embedder.mlp.0"),
-        "t_embedder.mlp.2": parts("t_embedder.mlp.2"),
-        "layers.{}.attention.qkv": parts(
-            "layers.{}.attention.to_q", "layers.{}.attention.to_k", "layers.{}.attention.to_v"
-        ),
-        "layers.{}.attention.out": parts("layers.{}.attention.to_out.0"),
-        "layers.{}.feed_forward.w1": parts("layers.{}.feed_forward.w1"),
-        "layers.{}.feed_forward.w2": parts("layers.{}.feed_forward.w2"),
-        "layers.{}.feed_forward.w3": parts("layers.{}.feed_forward.w3"),
-        "layers.{}.adaLN_modulation.0": parts("layers.{}.adaLN_modulation.0"),
-        "noise_refiner.{}.attention.qkv": parts(
-            "noise_refiner.{}.attention.to_q", "noise_refiner.{}.attention.to_k", "noise_refiner.{}.attention.to_v"
-        ),
-        "noise_refiner.{}.attention.out": parts("noise_refiner.{}.attention.to_out.0"),
-        "noise_refiner.{}.feed_forward.w1": parts("noise_refiner.{}.feed_forward.w1"),
-        "noise_refiner.{}.feed_forward.w2": parts("noise_refiner.{}.feed_forward.w2"),
-        "noise_refiner.{}.feed_forward.w3": parts("noise_refiner.{}.feed_forward.w3"),
-        "noise_refiner.{}.adaLN_modulation.0": parts("noise_refiner.{}.adaLN_modulation.0"),
-        "context_refiner.{}.attention.qkv": parts(
-            "context_refiner.{}.attention.to_q",
-            "context_refiner.{}.attention.to_k",
-            "context_refiner.{}.attention.to_v",
-        ),
-        "context_refiner.{}.attention.out": parts("context_refiner.{}.attention.to_out.0"),
-        "context_refiner.{}.feed_forward.w1": parts("context_refiner.{}.feed_forward.w1"),
-        "context_refiner.{}.feed_forward.w2": parts("context_refiner.{}.feed_forward.w2"),
-        "context_refiner.{}.feed_forward.w3": parts("context_refiner.{}.feed_forward.w3"),
-        "final_layer.linear": parts("all_final_layer.2-1.linear"),
-        "final_layer.adaLN_modulation.1": parts("all_final_layer.2-1.adaLN_modulation.1"),
-    },
+_RENAMED = {
+    "x_embedder": "all_x_embedder.2-1",
+    "final_layer.linear": "all_final_layer.2-1.linear",
+    "final_layer.adaLN_modulation.1": "all_final_layer.2-1.adaLN_modulation.1",
+    **{f"{stack}.{{}}.attention.out": f"{stack}.{{}}.attention.to_out.0" for stack in _STACKS},
+    **{f"{stack}.{{}}.attention.{x}_norm": f"{stack}.{{}}.attention.norm_{x}" for stack in _STACKS for x in "qk"},
+}
+
+_FUSED = {f"{stack}.{{}}.attention.qkv": parts(*(f"{stack}.{{}}.attention.to_{x}" for x in "qkv")) for stack in _STACKS}
+
+DIFFUSERS = Layout(
+    "diffusers", names(*_SAME, *_RENAMED.values(), *(part for its in _FUSED.values() for part in its.names))
 )
+
+ORIGINAL = Layout("original", names(*_SAME) | {original: parts(name) for original, name in _RENAMED.items()} | _FUSED)
 
 Z_IMAGE = Family(
     name="z_image",
