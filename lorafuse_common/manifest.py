@@ -102,6 +102,10 @@ class Manifest:
     loras: tuple[FusedLora, ...]
     allowed: tuple[str, ...]
     """The problem kinds that the user let pass."""
+    dtype: str | None
+    """What edited tensors are stored as (`BF16`, `F32`); None where they keep theirs."""
+    seed: int | None
+    """Of stochastic rounding; None where values were rounded to the nearest."""
     schedule: Schedule | None
     outputs: tuple[FileRecord, ...]
     changes: tuple[TensorChange, ...]

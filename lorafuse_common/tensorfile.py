@@ -13,7 +13,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import CheckpointError
 
@@ -234,18 +234,26 @@ def read_tensor(ref: TensorRef) -> torch.Tensor:
     return torch.frombuffer(raw, dtype=dtype).view(ref.shape) if raw else torch.empty(ref.shape, dtype=dtype)
 
 
-def encode_header(
-    source: TensorFile, metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]] | None = None
-) -> bytes:
-    """The length prefix and header of a copy of `source` with other `metadata`, and other `shapes` for some tensors.
+class Stored(NamedTuple):
+    """How a tensor is stored."""
 
-    Names and order stay as they are; data offsets too, where no shape changes.
+    dtype: str
+    """The safetensors spelling."""
+    shape: tuple[int, ...]
+
+
+def encode_header(
+    source: TensorFile, metadata: Mapping[str, str], changed: Mapping[str, Stored] | None = None
+) -> bytes:
+    """The length prefix and header of a copy of `source` with other `metadata`, where some tensors may be `changed`.
+
+    Names and order stay as they are; data offsets too, where no size changes.
     """
     entries, at = {}, 0
     for ref in source.tensors.values():  # in the order of their bytes
-        shape = (shapes or {}).get(ref.name, ref.shape)
-        size = math.prod(shape) * DTYPE_BITS[ref.dtype] // 8
-        entries[ref.name] = {"dtype": ref.dtype, "shape": list(shape), "data_offsets": [at, at + size]}
+        dtype, shape = (changed or {}).get(ref.name, Stored(ref.dtype, ref.shape))
+        size = math.prod(shape) * DTYPE_BITS[dtype] // 8
+        entries[ref.name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
         at += size
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     header |= {name: entries[name] for name in source.header_order}

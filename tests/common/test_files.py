@@ -91,7 +91,8 @@ def _manifest(folder: Path) -> Manifest:
     weights = folder / "transformer" / "model.safetensors"
     weights.write_bytes(b"weights")
     (folder / "config.json").write_text("{}")
-    lora = FusedLora("a.safetensors", "0" * 64, 3, "transformer", "kohya", 0.5, "alpha/rank = 1", 3, 2, {"OTHER_COMPONENT": 1})
+    scale, ignored = "alpha/rank = 1", {"OTHER_COMPONENT": 1}
+    lora = FusedLora("a.safetensors", "0" * 64, 3, "transformer", "kohya", 0.5, scale, 3, 2, ignored)
     outputs = tuple(
         FileRecord(path, hashlib.sha256((folder / path).read_bytes()).hexdigest(), (folder / path).stat().st_size)
         for path in ("config.json", "transformer/model.safetensors")
@@ -105,6 +106,8 @@ def _manifest(folder: Path) -> Manifest:
         base=outputs,
         loras=(lora,),
         allowed=("OTHER_COMPONENT",),
+        dtype=None,
+        seed=None,
         schedule=Schedule((1.0, 0.5), 1.0, "a"),
         outputs=outputs,
         changes=(TensorChange("x", None, 1.0, 0.1, 0.2, 0.99),),

@@ -19,7 +19,7 @@ from lorafuse_common.dialects.diffsynth import DIFFSYNTH
 from lorafuse_common.dialects.lightning import LIGHTNING
 from lorafuse_common.errors import ConfigError
 from lorafuse_common.manifest import read_manifest, verify_manifest
-from lorafuse_fuse import carry, cli, execute, stream
+from lorafuse_fuse import carry, cli, edit, execute, stream
 from lorafuse_fuse.plan import LoraRequest
 
 Run = Callable[..., tuple[int, str, str]]
@@ -259,11 +259,14 @@ def test_reflinks_fall_back(tmp_path: Path) -> None:
     assert (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes()
 
 
-@pytest.mark.parametrize(("owner", "name"), [(execute, "_edit"), (stream.Stream, "_emit")])
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(execute, "_pass"), (edit.Editor, "change"), (stream.Stream, "_make"), (stream.Stream, "_finish")],
+)
 def test_an_error_while_writing_leaves_nothing(
     run: Run, tmp_path: Path, lora: Path, monkeypatch: pytest.MonkeyPatch, owner: object, name: str
 ) -> None:
-    """In the main thread and in the one that writes."""
+    """In the main thread and in those that edit, write and hash."""
     base = save_model(tmp_path / "base", sharded=True)
     before = hashes(base)
     calls, original = iter(range(100)), getattr(owner, name)
@@ -293,10 +296,10 @@ def test_an_input_that_changes_meanwhile(run: Run, tmp_path: Path, lora: Path, m
 
     def touching(*args: object) -> object:
         lora.touch()
-        return edit(*args)  # type: ignore[arg-type]
+        return passing(*args)  # type: ignore[arg-type]
 
-    edit = execute._edit
-    monkeypatch.setattr(execute, "_edit", touching)
+    passing = execute._pass
+    monkeypatch.setattr(execute, "_pass", touching)
     code, _, err = run("fuse", base, "--lora", lora, "--out", tmp_path / "out")
     assert code == 1
     assert "changed while being read" in err

@@ -85,7 +85,7 @@ def test_a_name_of_the_other_expert_is_pointed_out(run: Run, wan: Path, tmp_path
 
 def test_one_file_for_both_experts(run: Run, wan: Path, tmp_path: Path) -> None:
     """diffusers saves both into one file; it is fused into each with its own modules and its own scale."""
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for prefix, seed in (("transformer", 1), ("transformer_2", 2)):
         down, up = factors(seed)
         tensors |= {f"{prefix}.{Q}.lora_A.weight": down, f"{prefix}.{Q}.lora_B.weight": up}

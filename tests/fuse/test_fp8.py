@@ -13,7 +13,7 @@ from lorafuse_common.checkpoint import open_checkpoint
 from lorafuse_common.dialects.comfy import COMFY
 from lorafuse_common.errors import CheckpointError, PlanError
 from lorafuse_common.manifest import read_manifest
-from lorafuse_fuse import execute
+from lorafuse_fuse import blocks
 from lorafuse_fuse.fit import ProblemKind
 from lorafuse_fuse.fuse import FuseOptions, fuse, require_clean
 from lorafuse_fuse.plan import LoraRequest, open_bases, plan_fuse
@@ -55,7 +55,7 @@ def test_scaled_fp8(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, suffix: str, shape: tuple[int, ...]
 ) -> None:
     """Against the formula in fp64, with each new scale taking its part's largest magnitude to the dtype's end."""
-    monkeypatch.setattr(execute, "EDIT_BLOCK_ELEMENTS", 7 * 24)  # blocks of rows that no scale's borders share
+    monkeypatch.setattr(blocks, "EDIT_BLOCK_ELEMENTS", 7 * 24)  # blocks of rows that no scale's borders share
     torch.manual_seed(0)
     largest = torch.finfo(dtype).max
     exact = torch.randn(40, 24).double()

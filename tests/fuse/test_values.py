@@ -20,7 +20,7 @@ from lorafuse_common.dialects.diffusers import DIFFUSERS
 from lorafuse_common.dialects.lightning import LIGHTNING
 from lorafuse_common.dialects.peft import PEFT
 from lorafuse_common.manifest import read_manifest, verify_manifest
-from lorafuse_fuse import execute, stream
+from lorafuse_fuse import blocks
 from lorafuse_fuse.fuse import FuseOptions, fuse, require_clean
 from lorafuse_fuse.plan import LoraRequest, plan_fuse
 
@@ -92,19 +92,80 @@ def test_dtypes_and_shards(tmp_path: Path, dtype: torch.dtype, sharded: bool) ->
 
 
 def test_blocks_of_any_size_give_the_same_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors cut into many blocks, even smaller than a row, by more blocks than there are buffers."""
+    """Tensors cut into many pieces, even smaller than a row, by more pieces than there are buffers."""
     base = save_model(tmp_path / "base", sharded=True)
     factors = make_factors()
     lora = write_lora(tmp_path / "x.safetensors", factors, LIGHTNING, 2.0)
-    for name, edit, copy in (("small", 700, 512), ("row", 1, 10)):
-        monkeypatch.setattr(execute, "EDIT_BLOCK_ELEMENTS", edit)
-        for module in (execute, stream):
-            monkeypatch.setattr(module, "COPY_BLOCK_BYTES", copy)
+    for name, elements, nbytes in (("small", 700, 4096), ("row", 1, 10), ("cut", 700, 512)):
+        for constant, value in (("EDIT_BLOCK_ELEMENTS", elements), ("PIECE_BYTES", nbytes), ("WRITE_BYTES", 300)):
+            monkeypatch.setattr(blocks, constant, value)
         out = run_fuse(base, {lora: 1.0}, tmp_path / name)
         assert_same(weights(out), expected(base, [(factors, 0.5)]))
         manifest = read_manifest(out)
         assert manifest
         verify_manifest(out, manifest, hashes=True)
+
+
+def test_any_number_of_workers_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "EDIT_BLOCK_ELEMENTS", 700)
+    monkeypatch.setattr(blocks, "PIECE_BYTES", 4096)
+    base = save_model(tmp_path / "base")
+    plan = plan_fuse(
+        open_checkpoint(base), [LoraRequest(write_lora(tmp_path / "x.safetensors", make_factors(), LIGHTNING, 2.0))]
+    )
+    files = []
+    for workers in (1, 2, 7):
+        fuse(plan, FuseOptions(tmp_path / str(workers), workers=workers))
+        files.append([path.read_bytes() for path in sorted((tmp_path / str(workers)).iterdir())])
+    assert files[0] == files[1] == files[2]
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("F32", torch.float32), ("F16", torch.float16), ("BF16", torch.bfloat16)])
+def test_edited_tensors_in_another_dtype(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    """Only they change: in fp32 the whole delta arrives, and what diffusers loads is that."""
+    base = save_model(tmp_path / "base", sharded=True)
+    factors = make_factors()
+    lora = write_lora(tmp_path / "x.safetensors", factors, LIGHTNING, 2.0)
+    plan = plan_fuse(open_checkpoint(base), [LoraRequest(lora)], dtype=name)
+    require_clean(plan, ())
+    fuse(plan, FuseOptions(tmp_path / "out"))
+    before, after = weights(base), weights(tmp_path / "out")
+    for module in MODULES:
+        down, up = factors[module]
+        exact = before[f"{module}.weight"].double() + 0.5 * up.double() @ down.double()
+        made = after.pop(f"{module}.weight")
+        assert made.dtype is dtype
+        torch.testing.assert_close(made, exact.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-8)
+    assert all(torch.equal(value, before[key]) for key, value in after.items())
+    loaded = QwenImageTransformer2DModel.from_pretrained(tmp_path / "out", dtype=torch.float32).state_dict()
+    assert torch.equal(loaded[f"{MODULES[0]}.weight"], weights(tmp_path / "out")[f"{MODULES[0]}.weight"].float())
+    index = json.loads((tmp_path / "out" / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in weights(tmp_path / "out").values())
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest
+    gains = [change.gain for change in manifest.changes]
+    assert (min(gains) > 0.99999) == (name == "F32")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stochastic_rounding_is_right_on_average(tmp_path: Path, dtype: torch.dtype) -> None:
+    """A delta far below the dtype's grain is lost to the nearest value, and arrives in the mean of many roundings."""
+    weight = torch.full((256, 256), 1.0, dtype=dtype)
+    save_file({"a.weight": weight}, tmp_path / "base.safetensors")
+    step = float(torch.finfo(dtype).eps)
+    factors = {"a": (torch.ones(1, 256), torch.full((256, 1), step / 8))}
+    lora = write_lora(tmp_path / "x.safetensors", factors, DIFFUSERS)
+    results = {}
+    for name, seed in (("near", None), ("one", 1), ("again", 1), ("two", 2)):
+        plan = plan_fuse(open_checkpoint(tmp_path / "base.safetensors"), [LoraRequest(lora)], seed=seed)
+        fuse(plan, FuseOptions(tmp_path / name))
+        results[name] = load_file(tmp_path / name / "base.safetensors")["a.weight"]
+    assert torch.equal(results["near"], weight)
+    assert torch.equal(results["one"], results["again"])
+    assert not torch.equal(results["one"], results["two"])
+    assert set(results["one"].flatten().tolist()) == {1.0, 1.0 + step}
+    moved = float((results["one"].double() - 1).mean())
+    assert moved == pytest.approx(step / 8, rel=0.05)  # 65,536 draws of 1 in 8: four sigmas are 0.04
 
 
 def test_several_loras_are_summed_and_rounded_once(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The small files of a model that say how large its tensors are, after some were widened."""
+"""The small files of a model that say how large its tensors are, after some came out larger or in another dtype."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from lorafuse_common.checkpoint import read_json
+from lorafuse_common.tensorfile import DTYPE_BITS
 
 from .plan import ComponentPlan
 
 
 def adjusted_files(components: Sequence[ComponentPlan]) -> dict[Path, str]:
-    """`config.json` and the shards' index of every widened transformer: path in the model's folder -> new text."""
+    """`config.json` and the shards' index of every such transformer: path in the model's folder -> new text."""
     found = {}
     for component in components:
         base = component.base
@@ -22,11 +23,12 @@ def adjusted_files(components: Sequence[ComponentPlan]) -> dict[Path, str]:
         if component.widened and (config := read_json(folder / "config.json")) is not None:
             path = (folder / "config.json").relative_to(base.root)
             found[path] = _dump(_widened_config(component, config))
-        if component.widened and base.index and (index := read_json(base.index)):
-            added = sum(_added_bytes(component, name) for name in component.widened)
+        if component.stored and base.index and (index := read_json(base.index)):
             total = index.get("metadata", {}).get("total_size")
             if total is not None:
-                index["metadata"]["total_size"] = total + added
+                index["metadata"]["total_size"] = total + sum(
+                    _added_bytes(component, name) for name in component.stored
+                )
             found[base.index.relative_to(base.root)] = _dump(index)
     return found
 
@@ -42,9 +44,11 @@ def _widened_config(component: ComponentPlan, config: dict[str, Any]) -> dict[st
     return config
 
 
-def _added_bytes(component: ComponentPlan, name: str) -> int:
-    ref = component.base.tensors[name]
-    return (math.prod(component.widened[name]) - ref.numel) * (ref.nbytes // ref.numel)
+def _added_bytes(component: ComponentPlan) -> int:
+    return sum(
+        math.prod(stored.shape) * DTYPE_BITS[stored.dtype] // 8 - component.base.tensors[name].nbytes
+        for name, stored in component.stored.items()
+    )
 
 
 def _dump(value: dict[str, Any]) -> str:

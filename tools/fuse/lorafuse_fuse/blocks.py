@@ -1,11 +1,27 @@
 """The sizes of the pieces a fuse works in; apart from `execute`, so that planning need not import torch."""
 
-COPY_BLOCK_BYTES = 16 << 20
-"""Untouched bytes are copied this many at a time."""
+from __future__ import annotations
 
-BUFFERS = 4
-"""One being read, one computed on, one hashed and written, one to spare: 64 MB, whatever the model."""
+import os
 
-EDIT_BLOCK_ELEMENTS = 1 << 20
-"""4 MB of fp32: editing by blocks of rows is about 3x faster than whole tensors, and bounds memory. The size is
-fixed because it takes part in the last bit of a matrix product: same inputs, same bytes."""
+PIECE_BYTES = 8 << 20
+"""A file is read, edited, hashed and written this many bytes at a time."""
+
+WRITE_BYTES = 1 << 20
+"""One call writes this many: for larger ones Linux (6.18) looks for larger pages, which can cost ten times the copy."""
+
+EDIT_BLOCK_ELEMENTS = 1 << 17
+"""Rows are computed on in blocks of this many elements: three such blocks in fp32 (1.5 MB) stay in a core's cache,
+which is twice as fast as 1 << 20. The size is fixed because it takes part in the last bit of a matrix product: same
+inputs, same bytes, for any number of workers."""
+
+SPARE_PIECES = 3
+"""Buffers besides those that workers hold: one being read, one waiting to be hashed, one being hashed."""
+
+MOST_WORKERS = 8
+"""More would wait for the hash, which runs through a file from its first byte to its last."""
+
+
+def default_workers() -> int:
+    """As many as there are cores for this process, up to `MOST_WORKERS`."""
+    return max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,6 +14,9 @@ from lorafuse_common.quantised import FP8_DTYPES, Fp8Scale
 from lorafuse_common.tensorfile import FLOAT_DTYPES, TensorRef, read_rows, read_tensor
 
 from .plan import Patch
+
+_LOST_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float8_e4m3fn: 20, torch.float8_e5m2: 21}
+"""The bits of an fp32 mantissa that a dtype has no room for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,23 +45,47 @@ class Codec:
             return stored.float() if stored.element_size() == 1 else stored
         return stored.float().mul_(self.scale.spread(self.values, start, start + len(stored), self.columns))
 
-    def encode(self, numbers: torch.Tensor, stored: torch.Tensor, start: int) -> None:
-        """Round numbers into `stored`, which holds rows of the weight from row `start` on."""
-        if stored.element_size() > 1:
-            stored.copy_(numbers)
-            return
+    def encode(self, numbers: torch.Tensor, stored: torch.Tensor, start: int, noise: torch.Generator | None) -> None:
+        """Round numbers into `stored`, which holds rows of the weight from row `start` on.
+
+        To the nearest, or up or down by chance where there is `noise`, so that the mean is exact.
+        """
         if self.scale is not None and self.values is not None:
             numbers = numbers / self.scale.spread(self.values, start, start + len(stored), self.columns)
-        largest = torch.finfo(self.dtype).max  # beyond it, e4m3 has only NaN
-        stored.copy_(numbers.clamp(-largest, largest))
+        if stored.element_size() == 1:
+            largest = torch.finfo(self.dtype).max  # beyond it, e4m3 has only NaN
+            numbers = numbers.clamp(-largest, largest)
+        if noise is not None and self.dtype in _LOST_BITS:
+            numbers = _dithered(numbers, _LOST_BITS[self.dtype], noise)
+        stored.copy_(numbers)
+
+
+def _dithered(numbers: torch.Tensor, lost: int, noise: torch.Generator) -> torch.Tensor:
+    """fp32 numbers whose `lost` last bits were rounded up or down with the chance that they stand for."""
+    bits = numbers.float().view(torch.int32)
+    chance = torch.randint(0, 1 << lost, bits.shape, dtype=torch.int32, generator=noise)
+    return bits.add(chance).bitwise_and_(-(1 << lost)).view(torch.float32)
+
+
+def noise_for(seed: int | None, name: str, start: int) -> torch.Generator | None:
+    """The source of chance for the rows of a tensor from row `start` on: the same in every run; None without a seed."""
+    if seed is None:
+        return None
+    digest = hashlib.sha256(f"{seed}/{name}/{start}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
 def codec_of(ref: TensorRef, scales: Mapping[str, Fp8Scale]) -> Codec:
     """How `ref` is stored; reads the scale, where it has one."""
-    name = FLOAT_DTYPES.get(ref.dtype) or FP8_DTYPES[ref.dtype]
     scale = scales.get(ref.name)
     values = read_tensor(scale.ref).float() if scale else None
-    return Codec(getattr(torch, name), ref.numel // (ref.shape[0] if ref.shape else 1), scale, values)
+    return Codec(torch_dtype(ref.dtype), ref.numel // (ref.shape[0] if ref.shape else 1), scale, values)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """torch's dtype for the safetensors spelling of an editable one."""
+    found: torch.dtype = getattr(torch, FLOAT_DTYPES.get(name) or FP8_DTYPES[name])
+    return found
 
 
 class Gathered:
@@ -89,7 +117,7 @@ def rescaled(before: Codec, largest: torch.Tensor) -> Codec:
     scale = before.scale
     values = largest / torch.finfo(before.dtype).max
     values[values == 0] = 1.0
-    stored = values.to(getattr(torch, FLOAT_DTYPES[scale.ref.dtype]))  # what a reader will multiply with
+    stored = values.to(torch_dtype(scale.ref.dtype))  # what a reader will multiply with
     return replace(before, values=stored.float().view(scale.ref.shape))
 
 
@@ -98,14 +126,13 @@ def largest_magnitudes(codec: Codec, numbers: torch.Tensor, start: int, into: to
     assert codec.scale is not None
     scale = codec.scale
     grid = into.view(-1, into.shape[-1] if into.dim() > 1 else 1)
-    magnitudes = numbers.abs()
     wide = -(-codec.columns // scale.block_columns)
-    padded = torch.nn.functional.pad(magnitudes, (0, wide * scale.block_columns - codec.columns))
+    padded = torch.nn.functional.pad(numbers.abs(), (0, wide * scale.block_columns - codec.columns))
     by_columns = padded.view(len(numbers), wide, scale.block_columns).amax(2)  # (rows, column blocks)
-    owner = torch.arange(start, start + len(numbers)) // scale.block_rows if len(grid) > 1 else None
-    if owner is None:
+    if len(grid) == 1:
         torch.maximum(grid, by_columns.amax(0, keepdim=True), out=grid)
     else:
+        owner = torch.arange(start, start + len(numbers)) // scale.block_rows
         grid.scatter_reduce_(0, owner[:, None].expand(-1, wide), by_columns, "amax")
 
 
@@ -113,5 +140,5 @@ def scale_bytes(codec: Codec) -> bytes:
     """The scale tensor's bytes."""
     assert codec.scale is not None
     assert codec.values is not None
-    dtype: torch.dtype = getattr(torch, FLOAT_DTYPES[codec.scale.ref.dtype])
-    return bytes(codec.values.to(dtype).contiguous().view(-1).view(torch.uint8).tolist())
+    values = codec.values.to(torch_dtype(codec.scale.ref.dtype))
+    return bytes(values.contiguous().view(-1).view(torch.uint8).tolist())

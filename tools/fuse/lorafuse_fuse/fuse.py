@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorafuse_common import __version__
-from lorafuse_common.checkpoint import Checkpoint, Form, side_files
+from lorafuse_common.checkpoint import Form, side_files
 from lorafuse_common.errors import CheckpointError, ManifestError, OutputError, PlanError
-from lorafuse_common.hashing import remember, sha256_of, stat_identity
+from lorafuse_common.hashing import remember, remembered, sha256_of, stat_identity
 from lorafuse_common.manifest import (
     MANIFEST_NAME,
     SCHEMA,
@@ -24,6 +24,7 @@ from lorafuse_common.manifest import (
 from lorafuse_common.publish import publish
 
 from .adjust import adjusted_files
+from .blocks import default_workers
 from .carry import Components, carry
 from .fit import ProblemKind
 from .plan import FusePlan, blocking, without_damaged
@@ -44,6 +45,8 @@ class FuseOptions:
     components: Components = Components.LINK
     force: bool = False
     widen_inputs: bool = False
+    workers: int | None = None
+    """Threads that edit; None for as many as there are cores, up to a limit. The result is the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,9 +144,7 @@ def _existing(plan: FusePlan, options: FuseOptions) -> Manifest | None:
     try:
         manifest = read_manifest(out)
         with ByteProgress("checking inputs", plan.nbytes) as progress:
-            same = manifest and is_up_to_date(
-                manifest, _bases(plan), plan.loras, options.allowed, options.schedule, progress
-            )
+            same = manifest and is_up_to_date(manifest, plan, options.allowed, options.schedule, progress)
         if manifest and same:
             verify_manifest(out, manifest, hashes=options.force)
             return manifest
@@ -163,21 +164,17 @@ def _check_space(plan: FusePlan, options: FuseOptions) -> None:
 
     needed, free = plan.nbytes, free_bytes(options.out.absolute().parent)
     if options.components is Components.COPY:
-        needed += sum((plan.base.root / path).stat().st_size for path in side_files(_bases(plan)))
+        needed += sum((plan.base.root / path).stat().st_size for path in side_files(plan.bases))
     if needed > free:
         raise OutputError(f"{options.out}: needs {size_text(needed)}, its disk has {size_text(free)} free")
 
 
 def _identities(plan: FusePlan) -> dict[Path, str]:
-    paths = [file.path for base in _bases(plan) for file in base.files] + [lora.request.path for lora in plan.loras]
+    paths = [file.path for base in plan.bases for file in base.files] + [lora.request.path for lora in plan.loras]
     try:
         return {path: stat_identity(path) for path in paths}
     except OSError as error:
         raise CheckpointError(f"{error.filename}: vanished while being read; nothing was written") from error
-
-
-def _bases(plan: FusePlan) -> tuple[Checkpoint, ...]:
-    return tuple(component.base for component in plan.components)
 
 
 def _write(plan: FusePlan, options: FuseOptions, staging: Path) -> Manifest:
@@ -194,7 +191,15 @@ def _write(plan: FusePlan, options: FuseOptions, staging: Path) -> Manifest:
         for component, file in [(c, file) for c in plan.components for file in c.base.files]:
             path = file.path.relative_to(base.folder)
             (staging / path).parent.mkdir(parents=True, exist_ok=True)
-            done = write_fused(component, file, {**file.metadata, HEADER_KEY: recipe}, staging / path, progress)
+            done = write_fused(
+                component,
+                file,
+                {**file.metadata, HEADER_KEY: recipe},
+                staging / path,
+                progress,
+                workers=options.workers or default_workers(),
+                known_sha256=remembered(file.path),
+            )
             sources[path] = done.source_sha256
             outputs[path] = FileRecord(path.as_posix(), done.output_sha256, done.output_size)
             written.append(done)
@@ -206,9 +211,11 @@ def _write(plan: FusePlan, options: FuseOptions, staging: Path) -> Manifest:
         family=base.family.name if base.family else None,
         layout=base.layout.name if base.layout else None,
         component=base.component,
-        base=record_files(base.folder, input_paths(_bases(plan)), sources),
+        base=record_files(base.folder, input_paths(plan.bases), sources),
         loras=loras,
         allowed=tuple(sorted(kind.value for kind in options.allowed)),
+        dtype=plan.dtype,
+        seed=plan.seed,
         schedule=options.schedule,
         outputs=tuple(outputs[path] for path in sorted(outputs, key=str)),
         changes=tuple(change for done in written for change in done.changes),
@@ -221,7 +228,7 @@ def _carry_over(plan: FusePlan, options: FuseOptions, staging: Path) -> Mapping[
     base = plan.base
     if base.form is Form.FILE:
         return {}
-    paths = side_files(_bases(plan))
+    paths = side_files(plan.bases)
     total = sum((base.root / path).stat().st_size for path in paths)
     with ByteProgress("carrying over and hashing the other components", total) as progress:
         for path in paths:

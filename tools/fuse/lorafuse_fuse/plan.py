@@ -12,9 +12,10 @@ from typing import NamedTuple
 from lorafuse_common.algebras import Algebra, Shape
 from lorafuse_common.checkpoint import Checkpoint, open_checkpoint
 from lorafuse_common.crossing import Run
-from lorafuse_common.errors import CheckpointError, LoraFileError
+from lorafuse_common.errors import CheckpointError, ConfigError, LoraFileError
 from lorafuse_common.lora import LoraFile, LoraModule, Match, match_lora, owner_of, read_lora
 from lorafuse_common.quantised import Fp8Scale, packed_format
+from lorafuse_common.tensorfile import Stored, TensorRef
 
 from .causes import likely_cause
 from .fit import Fitted, Ground, Harmless, Misfit, ProblemKind, fit_module, ground_of
@@ -108,6 +109,19 @@ class ComponentPlan:
     """Tensor -> its scale, for scaled fp8 weights."""
     widened: Mapping[str, Shape]
     """Tensor -> the shape it gets, where a LoRA brings more input columns."""
+    stored: Mapping[str, Stored] = field(default_factory=dict)
+    """Tensor -> how it is stored, where that changes."""
+    seed: int | None = None
+    """Of stochastic rounding; None rounds to the nearest."""
+
+    @property
+    def scale_owners(self) -> dict[str, str]:
+        """Scale tensor -> the edited fp8 weight that it belongs to."""
+        return {self.scales[name].ref.name: name for name in self.patches if name in self.scales}
+
+    def stored_as(self, ref: TensorRef) -> Stored:
+        """How a tensor is stored in the output."""
+        return self.stored.get(ref.name, Stored(ref.dtype, ref.shape))
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +132,15 @@ class FusePlan:
     """One, or both experts of a pipeline that has two."""
     loras: tuple[LoraPlan, ...]
     problems: tuple[Problem, ...]
+    dtype: str | None = None
+    """What edited tensors are stored as; None for what they are."""
+    seed: int | None = None
+    """Of stochastic rounding; None rounds to the nearest."""
+
+    @property
+    def bases(self) -> tuple[Checkpoint, ...]:
+        """The transformers that are fused."""
+        return tuple(component.base for component in self.components)
 
     @property
     def base(self) -> Checkpoint:
@@ -153,11 +176,20 @@ def open_bases(root: Path, component: str | None, requests: Sequence[LoraRequest
 
 
 def plan_fuse(
-    bases: Checkpoint | Sequence[Checkpoint], requests: Sequence[LoraRequest], *, plain_fp8: bool = False
+    bases: Checkpoint | Sequence[Checkpoint],
+    requests: Sequence[LoraRequest],
+    *,
+    plain_fp8: bool = False,
+    dtype: str | None = None,
+    seed: int | None = None,
 ) -> FusePlan:
     """Look every module of every LoRA up in its base; nothing is written and no factor is read.
 
-    Of several bases, a request is for that of its component. Raises nothing: what does not fit is a problem.
+    Of several bases, a request is for that of its component. Edited tensors are stored as `dtype` (the safetensors
+    spelling; None keeps theirs), rounded to the nearest, or stochastically with a `seed`.
+
+    Raises:
+        ConfigError: another dtype is asked for scaled fp8 weights. What does not fit is no error but a problem.
     """
     grounds = [ground_of(base, plain_fp8) for base in ([bases] if isinstance(bases, Checkpoint) else bases)]
     patches: list[dict[str, list[Patch]]] = [{} for _ in grounds]
@@ -168,14 +200,33 @@ def plan_fuse(
         planned = _plan_lora(grounds[index], request, requests)
         plans.append(planned.plan)
         problems += planned.problems
-        widened[index] |= planned.widened
+        for tensor, shape in planned.widened.items():
+            widened[index][tensor] = max(shape, widened[index].get(tensor, shape))
         for tensor, patch in planned.patches:
             patches[index].setdefault(tensor, []).append(patch)
     components = tuple(
-        ComponentPlan(ground.base, {name: tuple(ps) for name, ps in found.items()}, ground.scales, wide)
+        _component(ground, {name: tuple(ps) for name, ps in found.items()}, wide, dtype, seed)
         for ground, found, wide in zip(grounds, patches, widened, strict=True)
     )
-    return FusePlan(components, tuple(plans), tuple(problems))
+    return FusePlan(components, tuple(plans), tuple(problems), dtype, seed)
+
+
+def _component(
+    ground: Ground,
+    patches: Mapping[str, tuple[Patch, ...]],
+    widened: Mapping[str, Shape],
+    dtype: str | None,
+    seed: int | None,
+) -> ComponentPlan:
+    if dtype and (scaled := [name for name in patches if name in ground.scales]):
+        raise ConfigError(
+            f"--dtype: {scaled[0]} and {len(scaled) - 1} more are fp8 weights with scales, which stay fp8; "
+            "fuse into the bf16 or fp32 checkpoint to store another dtype"
+        )
+    tensors = ground.base.tensors
+    stored = {name: Stored(dtype or tensors[name].dtype, widened.get(name, tensors[name].shape)) for name in patches}
+    changed = {name: its for name, its in stored.items() if its != (tensors[name].dtype, tensors[name].shape)}
+    return ComponentPlan(ground.base, patches, ground.scales, widened, changed, seed)
 
 
 def blocking(problems: Sequence[Problem], allowed: Collection[ProblemKind]) -> tuple[Problem, ...]:

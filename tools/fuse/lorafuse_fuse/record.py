@@ -14,7 +14,7 @@ from lorafuse_common.hashing import sha256_of
 from lorafuse_common.manifest import MANIFEST_NAME, FileRecord, FusedLora, Manifest, Parent, Schedule, read_manifest
 
 from .fit import ProblemKind
-from .plan import LoraPlan
+from .plan import FusePlan, LoraPlan
 
 SCHEDULE_KEY = "few_step_schedule"
 """Header key of a LoRA that states its schedule: JSON with `sigmas` and `guidance_scale`."""
@@ -135,19 +135,19 @@ def _schedule(values: Sequence[object], guidance_scale: float, source: str) -> S
 
 def is_up_to_date(
     manifest: Manifest,
-    bases: Sequence[Checkpoint],
-    loras: Sequence[LoraPlan],
+    plan: FusePlan,
     allowed: Sequence[ProblemKind],
     schedule: Schedule | None,
     progress: Callable[[int], object] | None = None,
 ) -> bool:
     """Whether a fused checkpoint is what these inputs would give again; cheap differences are looked at first."""
-    base, paths = bases[0], input_paths(bases)
+    base, loras, paths = plan.base, plan.loras, input_paths(plan.bases)
     wanted = [(lora.request.path.name, lora.component, lora.request.strength, lora.scale) for lora in loras]
     if (
         [(lora.name, lora.component, lora.strength, lora.scale) for lora in manifest.loras] != wanted
         or manifest.component != base.component
         or manifest.schedule != schedule
+        or (manifest.dtype, manifest.seed) != (plan.dtype, plan.seed)
         or manifest.allowed != tuple(sorted(kind.value for kind in allowed))
         or [(record.path, record.size) for record in manifest.base]
         != [(path.as_posix(), (base.folder / path).stat().st_size) for path in paths]

@@ -69,7 +69,7 @@ def describe_plan(plan: FusePlan) -> str:
             f"widen  {name} from {list(component.base.tensors[name].shape)} to {list(shape)}, new columns zero"
             for name, shape in component.widened.items()
         ]
-    if left := foreign_weights([component.base for component in plan.components]):
+    if left := foreign_weights(plan.bases):
         lines.append(f"leave  {', '.join(map(str, left))}: weights beside the transformer's, which would not be fused")
     return "\n".join(lines)
 
@@ -145,12 +145,13 @@ def plan_json(plan: FusePlan) -> dict[str, Any]:
 
 
 def peak_memory_bytes(plan: FusePlan) -> int:
-    """An estimate from headers: the runtime, the blocks, and the factors of the widest edited tensor in fp32."""
-    from .blocks import BUFFERS, COPY_BLOCK_BYTES, EDIT_BLOCK_ELEMENTS
+    """An estimate from headers: the runtime, the pieces, and the factors of the widest edited tensors in fp32."""
+    from .blocks import EDIT_BLOCK_ELEMENTS, PIECE_BYTES, SPARE_PIECES, default_workers
 
     refs = [ref for component in plan.components for ref in component.base.modules.values() if 0 not in ref.shape]
     widest_row = max((ref.numel // (ref.shape[0] if ref.shape else 1) for ref in refs), default=0)
-    blocks = BUFFERS * COPY_BLOCK_BYTES + 3 * 4 * max(EDIT_BLOCK_ELEMENTS, widest_row)
+    workers = default_workers()
+    scratch = workers * 3 * 4 * max(EDIT_BLOCK_ELEMENTS, widest_row)
     factors = max(
         (
             sum(2 * 4 * ref.numel for patch in patches for ref in patch.module.factors.values())
@@ -159,4 +160,4 @@ def peak_memory_bytes(plan: FusePlan) -> int:
         ),
         default=0,
     )
-    return _RUNTIME_BYTES + blocks + factors
+    return _RUNTIME_BYTES + (workers + SPARE_PIECES) * PIECE_BYTES + scratch + 2 * factors

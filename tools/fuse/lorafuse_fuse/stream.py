@@ -1,46 +1,70 @@
-"""Reading one file and writing another in step: hashing and writing run beside the caller's arithmetic."""
+"""Reading one file and writing another in step: pieces are edited by several workers and hashed in order."""
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import os
 import queue
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, NamedTuple, Self
+from typing import BinaryIO, Self
 
 from lorafuse_common.errors import CheckpointError
 
-from .blocks import BUFFERS, COPY_BLOCK_BYTES
+from . import blocks
 
-
-class Piece(NamedTuple):
-    """Some bytes of the source, on their way to the output."""
-
-    data: memoryview
-    hashed: Future[None]
-    """Done when the source's hash has seen the bytes; only then may they be changed."""
-    buffer: bytearray
+Change = Callable[[memoryview], memoryview]
+"""Edits a piece's bytes in place or makes others, and returns those to be written."""
 
 
 class Stream:
-    """One thread hashes the source, another hashes and writes the output; both leave the interpreter to the caller."""
+    """The caller reads; workers edit and write; one thread hashes the source, one the output; one drains to the disk.
 
-    def __init__(self, source: Path, out: Path, progress: Callable[[int], object]) -> None:
+    Every read takes a buffer, which comes back when its piece is hashed and written: memory does not grow with the
+    file. A fault in any thread is raised by the caller's next call, or at the end.
+    """
+
+    def __init__(
+        self, source: Path, out: Path, progress: Callable[[int], object], workers: int, *, hash_source: bool = True
+    ) -> None:
         self._path, self._progress = source, progress
         self._reading: BinaryIO = source.open("rb", buffering=0)
         self._writing: BinaryIO = out.open("xb", buffering=0)
         self._free: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
-        for _ in range(BUFFERS):
-            self._free.put(bytearray(COPY_BLOCK_BYTES))
-        self._hasher, self._writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        for _ in range(workers + blocks.SPARE_PIECES):
+            self._free.put(bytearray(blocks.PIECE_BYTES))
+        self.workers = ThreadPoolExecutor(workers, "edit")
+        self._hash_in, self._hash_out = ThreadPoolExecutor(1, "hash-in"), ThreadPoolExecutor(1, "hash-out")
+        self._drain = _Drain(self._writing.fileno())
         self._under_way: deque[Future[None]] = deque()
+        self._hash_source, self._written = hash_source, 0
         self.source_hash, self.output_hash = hashlib.sha256(), hashlib.sha256()
 
-    def read(self, count: int) -> Piece:
-        """The next `count` bytes of the source.
+    def copy(self, count: int) -> None:
+        """Pass the next `count` bytes of the source on unchanged."""
+        while count:
+            step = min(count, blocks.PIECE_BYTES)
+            self._pass(step, step, None)
+            count -= step
+
+    def replace(self, count: int, data: bytes) -> None:
+        """Read `count` bytes and write `data` in their place."""
+        while count:
+            step = min(count, blocks.PIECE_BYTES)
+            count -= step
+            content = memoryview(b"" if count else data)
+            self._pass(step, len(content), lambda _, content=content: content)  # type: ignore[misc]
+
+    def edit(self, count: int, size: int, change: Change) -> None:
+        """Pass the next `count` bytes on as the `size` bytes that `change` makes of them, in a worker."""
+        self._pass(count, size, change)
+
+    def _pass(self, count: int, size: int, change: Change | None) -> None:
+        """Read a piece and send it on its way.
 
         Raises:
             CheckpointError: the source has ended.
@@ -57,40 +81,66 @@ class Stream:
             if not got:
                 raise CheckpointError(f"{self._path}: ended early; did it change while it was read?")
             at += got
-        return Piece(data, self._hasher.submit(self.source_hash.update, data), buffer)
+        seen = self._hash_in.submit(self.source_hash.update, data) if self._hash_source else None
+        made = self.workers.submit(self._make, data, seen, change, self._written)
+        self._under_way.append(self._hash_out.submit(self._finish, made, seen, buffer, self._written + size))
+        self._written += size
+        self._progress(count)
 
-    def write(self, piece: Piece, data: memoryview) -> None:
-        """Send `data` to the output in a piece's place, mostly its own; neither must be touched afterwards."""
-        self._under_way.append(self._writer.submit(self._finish, piece, data))
-        self._progress(len(piece.data))
+    def _make(self, data: memoryview, seen: Future[None] | None, change: Change | None, offset: int) -> memoryview:
+        if change and seen:
+            seen.result()  # the source's hash has to see the bytes before they change
+        made = change(data) if change else data
+        left = made
+        while left:
+            wrote = os.pwrite(self._writing.fileno(), left[: blocks.WRITE_BYTES], offset)
+            left, offset = left[wrote:], offset + wrote
+        return made
 
-    def replace(self, count: int, data: bytes) -> None:
-        """Read `count` bytes and write `data` in their place."""
-        while count:
-            piece = self.read(min(count, COPY_BLOCK_BYTES))
-            count -= len(piece.data)
-            self.write(piece, memoryview(b"" if count else data))
-
-    def _finish(self, piece: Piece, data: memoryview) -> None:
+    def _finish(self, made: Future[memoryview], seen: Future[None] | None, buffer: bytearray, end: int) -> None:
         try:
-            self._emit(data)
-            piece.hashed.result()
+            self.output_hash.update(made.result())
+            if seen:
+                seen.result()
+            self._drain.reach(end)
         finally:
-            self._free.put(piece.buffer)
-
-    def _emit(self, data: memoryview) -> None:
-        self.output_hash.update(data)
-        while data:
-            data = data[self._writing.write(data) :]
+            self._free.put(buffer)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._hasher.shutdown(cancel_futures=error is not None)
-        self._writer.shutdown(cancel_futures=error is not None)
+        for pool in (self._hash_in, self.workers, self._hash_out):
+            pool.shutdown(cancel_futures=error is not None)
+        self._drain.close()
         self._reading.close()
         self._writing.close()
         if error is None:
             for future in self._under_way:
                 future.result()
+
+
+class _Drain:
+    """Sends written bytes to the disk while the rest is computed, so that little is left to wait for at the end."""
+
+    WINDOW_BYTES = 64 << 20
+
+    def __init__(self, handle: int) -> None:
+        self._handle, self._sent = handle, 0
+        self._thread = ThreadPoolExecutor(1, "drain")
+        self._sync = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)  # Linux
+
+    def reach(self, end: int) -> None:
+        """All bytes before `end` have been written to the file."""
+        if self._sync is not None and end - self._sent >= self.WINDOW_BYTES:
+            self._thread.submit(self._start, self._sent, end - self._sent)
+            self._sent = end
+
+    def _start(self, first: int, count: int) -> None:
+        write = 2  # SYNC_FILE_RANGE_WRITE: begin, do not wait; the final fsync is what tells of failures
+        assert self._sync is not None
+        self._sync(self._handle, ctypes.c_int64(first), ctypes.c_int64(count), write)
+
+    def close(self) -> None:
+        """Wait for what was begun."""
+        self._thread.shutdown(cancel_futures=True)

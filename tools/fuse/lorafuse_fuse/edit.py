@@ -1,0 +1,146 @@
+"""The arithmetic on one tensor: `W' = round(W + sum_i D_i(W))`, by blocks of rows, in any order of blocks."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import torch
+
+from lorafuse_common.algebras import Block
+from lorafuse_common.errors import CheckpointError
+from lorafuse_common.manifest import TensorChange
+from lorafuse_common.tensorfile import TensorRef, read_rows, read_tensor
+
+from . import blocks
+from .codec import Codec, Gathered, codec_of, largest_magnitudes, noise_for, rescaled, torch_dtype
+from .plan import ComponentPlan, Patch
+
+_thread = threading.local()
+
+
+class Editor:
+    """One tensor, what is added to it, and what that did to it; several workers may edit its pieces at once.
+
+    Deltas are summed in fp32 (fp64 for fp64 weights) and rounded once.
+    """
+
+    def __init__(self, plan: ComponentPlan, ref: TensorRef) -> None:
+        self.ref, self._seed, self._component = ref, plan.seed, plan.base.component
+        self._stored = codec_of(ref, plan.scales)
+        self._rows = ref.shape[0] if ref.shape else 1
+        stored = plan.stored_as(ref)
+        self._out = replace(self._stored, dtype=torch_dtype(stored.dtype), columns=math.prod(stored.shape[1:]))
+        self._step = min(self._rows, max(1, blocks.EDIT_BLOCK_ELEMENTS // self._out.columns))
+        self._sums: dict[int, tuple[float, ...]] = {}
+        work = self._stored.work
+        self._patches = []
+        for patch in plan.patches[ref.name]:
+            factors = {role: read_tensor(factor).to(work) for role, factor in patch.module.factors.items()}
+            weight = Gathered(patch, plan.scales, work)
+            self._patches.append((patch, patch.algebra.prepare(factors, weight, patch.scale, patch.module.alpha)))
+        if ref.name in plan.scales:
+            self._out = self._requantised()
+
+    @property
+    def out(self) -> Codec:
+        """How the result is stored."""
+        return self._out
+
+    def change(self, data: memoryview, start: int) -> memoryview:
+        """Edit rows from row `start` on: in place where they are stored as before, else into new bytes."""
+        before = self._stored.view(data)
+        grows = (self._out.dtype, self._out.columns) != (self._stored.dtype, self._stored.columns)
+        made = memoryview(bytearray(len(before) * self._out.columns * self._out.dtype.itemsize)) if grows else data
+        after = self._out.view(made)
+        for at in range(0, len(before), self._step):
+            here = slice(at, at + self._step)
+            self._change_block(before[here], after[here], start + at)
+        return made
+
+    def _change_block(self, stored: torch.Tensor, after: torch.Tensor, start: int) -> None:
+        before, delta, exact = self._summed(stored, start)
+        self._out.encode(exact, after, start, noise_for(self._seed, self.ref.name, start))
+        lost = exact.sub_(self._out.decode(after, start)).view(-1)
+        weight, change = before.view(-1), delta.view(-1)
+        pairs = ((weight, weight), (change, change), (lost, lost), (lost, change))
+        self._sums[start] = tuple(float(torch.dot(left, right)) for left, right in pairs)
+
+    def _summed(self, stored: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows as they are, what is added to them, and both in one; valid until the thread's next block."""
+        before, delta, exact = _scratch(len(stored), self._out.columns, self._stored.work)
+        before[:, self._stored.columns :] = 0
+        before[:, : self._stored.columns] = self._stored.decode(stored, start)
+        delta.zero_()
+        for patch, factors in self._patches:
+            columns = math.prod(patch.shape[1:])  # fewer than the tensor's, where another LoRA widens it
+            _add_rows(patch, factors, start, before[:, :columns], delta[:, :columns])
+        torch.add(before, delta, out=exact)
+        return before, delta, exact
+
+    def _requantised(self) -> Codec:
+        """The codec of an edited fp8 weight; its scales must be known before its first row is written.
+
+        So the arithmetic runs twice, in blocks: once for the largest magnitudes, once for the values.
+        """
+        assert self._stored.scale is not None
+        largest = torch.zeros(self._stored.scale.ref.shape)
+        for start in range(0, self._rows, self._step):
+            stop = min(self._rows, start + self._step)
+            stored = self._stored.view(read_rows(self.ref, start, stop))
+            largest_magnitudes(self._stored, self._summed(stored, start)[2], start, largest)
+        return rescaled(self._stored, largest)
+
+    def figures(self) -> TensorChange:
+        """What editing did to the whole tensor, to 4 digits.
+
+        Raises:
+            CheckpointError: a value is not finite.
+        """
+        ordered = [self._sums[start] for start in sorted(self._sums)]
+        weight, delta, error, missing = (math.fsum(column) for column in zip(*ordered, strict=True))
+        if not all(map(math.isfinite, (weight, delta, error, missing))):
+            raise CheckpointError(
+                f"{self.ref.file}: {self.ref.name}: the fused values are not finite: the base holds NaN or Inf, "
+                f"or the sum exceeds what {self.ref.dtype} can hold. Check the base, or lower the strengths."
+            )
+        # A module that was never trained has no delta, and loses nothing of it.
+        loss, gain = ((error / delta) ** 0.5, 1 - missing / delta) if delta else (0.0, 1.0)
+        figures = ((weight / self.ref.numel) ** 0.5, (delta / self.ref.numel) ** 0.5, loss, gain)
+        return TensorChange(self.ref.name, self._component, *(float(f"{figure:.4g}") for figure in figures))
+
+
+def piece_rows(ref: TensorRef, columns: int) -> Iterator[tuple[int, int]]:
+    """The first row of each piece that a tensor is edited in and one past its last: whole blocks of rows."""
+    rows = ref.shape[0] if ref.shape else 1
+    step = min(rows, max(1, blocks.EDIT_BLOCK_ELEMENTS // columns))
+    step *= max(1, blocks.PIECE_BYTES // (step * max(1, ref.nbytes // rows)))
+    for start in range(0, rows, step):
+        yield start, min(rows, start + step)
+
+
+def _add_rows(
+    patch: Patch, factors: Mapping[str, torch.Tensor], start: int, weight: torch.Tensor, delta: torch.Tensor
+) -> None:
+    """Add to `delta` what a patch has for its rows; `weight` and `delta` begin at row `start` of the tensor."""
+    for run in patch.runs:
+        first, last = max(start, run.first), min(start + len(delta), run.first + run.rows)
+        if first < last:
+            here, shift = slice(first - start, last - start), run.delta_first - run.first
+            block = Block(first + shift, last + shift, weight[here], delta[here])
+            patch.algebra.add_delta(factors, block, patch.scale, patch.strength)
+
+
+def _scratch(rows: int, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Three blocks of memory that the thread keeps."""
+    room: torch.Tensor | None = getattr(_thread, "room", None)
+    needed = 3 * rows * columns
+    if room is None or room.dtype is not dtype or room.numel() < needed:
+        torch.set_num_threads(
+            1
+        )  # blocks are too small to share out: on a busy machine waiting costs several times more
+        room = _thread.room = torch.empty(needed, dtype=dtype)
+    before, delta, exact = room[:needed].view(3, rows, columns)
+    return before, delta, exact
