@@ -26,9 +26,7 @@ def adjusted_files(components: Sequence[ComponentPlan]) -> dict[Path, str]:
         if component.stored and base.index and (index := read_json(base.index)):
             total = index.get("metadata", {}).get("total_size")
             if total is not None:
-                index["metadata"]["total_size"] = total + sum(
-                    _added_bytes(component, name) for name in component.stored
-                )
+                index["metadata"]["total_size"] = total + _added_bytes(component)
             found[base.index.relative_to(base.root)] = _dump(index)
     return found
 
