@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from .crossing import Namespace
 from .dialects import DIALECTS, Dialect, flatten, split_key
 from .errors import CheckpointError, LoraFileError, NotALoraError
 from .families import FAMILIES
-from .naming import Family, Layout, Parts, candidates
+from .naming import Family, Layout, Parts, candidates, narrowed
 from .scale import ScaleSources, read_scale_sources
 from .tensorfile import TensorFile, TensorRef, is_scalar, is_zero, read_header, read_scalar
 
@@ -242,12 +243,22 @@ def guess_dialect(lora: LoraFile) -> Dialect:
     return max(DIALECTS, key=lambda dialect: (*_style(lora, dialect), len(dialect.prefixes[0])))
 
 
-def guess_families(lora: LoraFile) -> tuple[tuple[Family, Layout], ...]:
-    """The families whose module names the LoRA uses, all that explain equally many."""
+def guess_families(lora: LoraFile, *, by_size: bool = True) -> tuple[tuple[Family, Layout], ...]:
+    """The families whose module names the LoRA uses, all that explain equally many.
+
+    Families that share their names are told apart, where possible, by the width of the LoRA's factors and the number
+    of its blocks; not `by_size`, those that only the names allow are all given.
+    """
     dialect = guess_dialect(lora)
     ours = [module.stem for module in lora.modules if component_of(module.stem) is None]
     names = {tail for stem in ours for tail in dialect.tails(stem)}
-    return candidates(names, FAMILIES)
+    tied = candidates(names, FAMILIES)
+    return narrowed(tied, common_width(lora), 1 + last_block(ours)) if by_size else tied
+
+
+def last_block(names: Iterable[str]) -> int:
+    """The highest number between the words of some names."""
+    return max((int(n) for name in names for n in re.findall(r"(?<=[a-z][._])\d+(?=[._][a-z])", name)), default=0)
 
 
 def component_of(stem: str) -> str | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,17 @@ def names(*modules: str) -> dict[str, Parts]:
     return {module: parts(module) for module in modules}
 
 
+class Size(NamedTuple):
+    """One published model of a family."""
+
+    width: int
+    """The input width of most of its layers."""
+    blocks: int
+    """How many its longest stack of blocks has."""
+    title: str
+    """What it is called: `14B`."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Family:
     """One architecture, such as Qwen-Image."""
@@ -87,8 +99,8 @@ class Family:
     transformer_classes: tuple[str, ...]
     """Its classes in diffusers, as `config.json` spells them."""
     layouts: tuple[Layout, ...]
-    widths: Mapping[int, str] = field(default_factory=dict)
-    """Hidden width -> what that size is called (`14B`), where a family has several sizes."""
+    sizes: tuple[Size, ...] = ()
+    """The models that were published."""
     lora_targets: tuple[str, ...] = ()
     """Suffixes of the modules that a new LoRA trains by default."""
     optional: Mapping[str, str] = field(default_factory=dict)
@@ -128,9 +140,19 @@ def candidates(
     return tuple((family, layout) for family, layout in tied if layout.is_whole(found)) or tied
 
 
-def identify(
-    modules: Iterable[str], families: Collection[Family], class_name: str | None = None
-) -> tuple[Family, Layout] | None:
-    """The one family and layout that `candidates` finds; None where there are none or several."""
-    found = candidates(modules, families, class_name)
-    return found[0] if len(found) == 1 else None
+def narrowed(
+    tied: tuple[tuple[Family, Layout], ...], width: int | None, blocks: int
+) -> tuple[tuple[Family, Layout], ...]:
+    """Those of some families that tie which have a published size of this width and of at least so many blocks.
+
+    Those with exactly so many come before those with more; where no size fits, nothing is left out.
+    """
+
+    def fits(family: Family, exactly: bool) -> bool:
+        sizes = [size for size in family.sizes if width in (None, size.width)]
+        return any(size.blocks == blocks if exactly else size.blocks >= blocks for size in sizes)
+
+    for exactly in (True, False):
+        if found := tuple((family, layout) for family, layout in tied if fits(family, exactly)):
+            return found
+    return tied

@@ -1,6 +1,6 @@
 """AuraFlow."""
 
-from lorafuse_common.naming import Family, Layout, names, parts
+from lorafuse_common.naming import Family, Layout, Size, names, parts
 
 _MLP = {"c_fc1": "linear_1", "c_fc2": "linear_2", "c_proj": "out_projection"}
 _DOUBLE = {
@@ -56,4 +56,5 @@ AURAFLOW = Family(
     title="AuraFlow",
     transformer_classes=("AuraFlowTransformer2DModel",),
     layouts=(DIFFUSERS, ORIGINAL),
+    sizes=(Size(3072, 32, "6.8B"),),
 )

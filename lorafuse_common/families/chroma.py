@@ -1,6 +1,6 @@
 """Chroma: FLUX.1 without modulation layers."""
 
-from lorafuse_common.naming import Family, Layout, names, parts
+from lorafuse_common.naming import Family, Layout, Size, names, parts
 
 DIFFUSERS = Layout(
     "diffusers",
@@ -92,4 +92,5 @@ CHROMA = Family(
     title="Chroma",
     transformer_classes=("ChromaTransformer2DModel",),
     layouts=(DIFFUSERS, ORIGINAL, COMFYUI),
+    sizes=(Size(3072, 38, "8.9B"),),
 )

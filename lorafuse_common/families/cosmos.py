@@ -1,6 +1,6 @@
 """Cosmos-Predict2 and Anima."""
 
-from lorafuse_common.naming import Family, Layout, names, parts
+from lorafuse_common.naming import Family, Layout, Size, names, parts
 
 _BLOCK = {
     "self_attn.q_proj": "attn1.to_q",
@@ -46,5 +46,5 @@ COSMOS = Family(
     title="Cosmos-Predict2",
     transformer_classes=("CosmosTransformer3DModel",),
     layouts=(DIFFUSERS, ORIGINAL),
-    widths={2048: "2B", 5120: "14B"},
+    sizes=(Size(2048, 28, "2B"), Size(5120, 36, "14B")),
 )

@@ -1,6 +1,6 @@
 """FLUX.1 (dev, schnell, Kontext)."""
 
-from lorafuse_common.naming import Family, Layout, names, parts
+from lorafuse_common.naming import Family, Layout, Size, names, parts
 
 DIFFUSERS = Layout(
     "diffusers",
@@ -128,5 +128,6 @@ FLUX = Family(
     title="FLUX.1",
     transformer_classes=("FluxTransformer2DModel",),
     layouts=(DIFFUSERS, ORIGINAL, XLABS, COMFYUI),
+    sizes=(Size(3072, 38, "12B"),),
     widenable={"x_embedder": "in_channels"},
 )

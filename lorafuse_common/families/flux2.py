@@ -1,6 +1,6 @@
 """FLUX.2 (dev, klein)."""
 
-from lorafuse_common.naming import Family, Layout, names, parts
+from lorafuse_common.naming import Family, Layout, Size, names, parts
 
 DIFFUSERS = Layout(
     "diffusers",
@@ -91,5 +91,5 @@ FLUX2 = Family(
     title="FLUX.2",
     transformer_classes=("Flux2Transformer2DModel",),
     layouts=(DIFFUSERS, ORIGINAL, COMFYUI),
-    widths={6144: "dev", 3072: "klein 4B", 4096: "klein 9B"},
+    sizes=(Size(6144, 48, "32B"), Size(4096, 24, "klein 9B"), Size(3072, 20, "klein 4B")),
 )

@@ -1,6 +1,6 @@
 """HiDream-I1; the original layout has the same names."""
 
-from lorafuse_common.naming import Family, Layout, names
+from lorafuse_common.naming import Family, Layout, Size, names
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out", "q_rms_norm", "k_rms_norm")
 _EXPERTS = ("shared_experts", "experts.0", "experts.1", "experts.2", "experts.3")
@@ -33,4 +33,5 @@ HIDREAM = Family(
     title="HiDream-I1",
     transformer_classes=("HiDreamImageTransformer2DModel",),
     layouts=(DIFFUSERS,),
+    sizes=(Size(2560, 32, "17B"),),
 )

@@ -1,6 +1,6 @@
 """HunyuanVideo and FramePack."""
 
-from lorafuse_common.naming import Family, Layout, names, parts
+from lorafuse_common.naming import Family, Layout, Size, names, parts
 
 DIFFUSERS = Layout(
     "diffusers",
@@ -180,4 +180,5 @@ HUNYUAN_VIDEO = Family(
     title="HunyuanVideo",
     transformer_classes=("HunyuanVideoTransformer3DModel", "HunyuanVideoFramepackTransformer3DModel"),
     layouts=(DIFFUSERS, ORIGINAL, COMFYUI),
+    sizes=(Size(3072, 40, "13B"),),
 )

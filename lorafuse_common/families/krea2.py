@@ -1,6 +1,6 @@
 """Krea-2; the flattened modulation of an original block has other rows in diffusers and does not cross."""
 
-from lorafuse_common.naming import Family, Layout, names, parts
+from lorafuse_common.naming import Family, Layout, Size, names, parts
 
 _BLOCK = {
     "attn.wq": "attn.to_q",
@@ -50,4 +50,5 @@ KREA2 = Family(
     title="Krea-2",
     transformer_classes=("Krea2Transformer2DModel",),
     layouts=(DIFFUSERS, ORIGINAL),
+    sizes=(Size(6144, 28, "12B"),),
 )

@@ -1,6 +1,6 @@
 """LTX-2: LTX-Video's blocks, a second stream of them for sound, and attention between the two."""
 
-from lorafuse_common.naming import Family, Layout, names, parts
+from lorafuse_common.naming import Family, Layout, Size, names, parts
 
 _ATTENTIONS = ("attn1", "attn2", "audio_attn1", "audio_attn2", "audio_to_video_attn", "video_to_audio_attn")
 
@@ -69,4 +69,5 @@ LTX2 = Family(
     title="LTX-2",
     transformer_classes=("LTX2VideoTransformer3DModel",),
     layouts=(DIFFUSERS, ORIGINAL),
+    sizes=(Size(4096, 48, "19B"), Size(2048, 48, "19B")),
 )

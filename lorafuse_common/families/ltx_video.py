@@ -1,6 +1,6 @@
 """LTX-Video."""
 
-from lorafuse_common.naming import Family, Layout, names, parts
+from lorafuse_common.naming import Family, Layout, Size, names, parts
 
 _SAME = (
     "caption_projection.linear_1",
@@ -40,4 +40,5 @@ LTX_VIDEO = Family(
     title="LTX-Video",
     transformer_classes=("LTXVideoTransformer3DModel",),
     layouts=(DIFFUSERS, ORIGINAL),
+    sizes=(Size(2048, 28, "2B"), Size(4096, 48, "13B")),
 )

@@ -1,6 +1,6 @@
 """Lumina 2: grouped-query attention, three query rows for one key and one value row."""
 
-from lorafuse_common.naming import Family, Layout, names, parts
+from lorafuse_common.naming import Family, Layout, Size, names, parts
 
 _STACKS = ("layers", "noise_refiner", "context_refiner")
 _MODULATED = ("layers", "noise_refiner")
@@ -45,4 +45,5 @@ LUMINA2 = Family(
     title="Lumina2",
     transformer_classes=("Lumina2Transformer2DModel",),
     layouts=(DIFFUSERS, ORIGINAL),
+    sizes=(Size(2304, 26, "2.6B"),),
 )

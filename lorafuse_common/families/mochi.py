@@ -1,6 +1,6 @@
 """Mochi: the halves of its gated feed-forward layers are swapped between layouts."""
 
-from lorafuse_common.naming import Family, Layout, names, parts
+from lorafuse_common.naming import Family, Layout, Size, names, parts
 
 DIFFUSERS = Layout(
     "diffusers",
@@ -89,4 +89,5 @@ MOCHI = Family(
     title="Mochi",
     transformer_classes=("MochiTransformer3DModel",),
     layouts=(DIFFUSERS, ORIGINAL),
+    sizes=(Size(3072, 48, "10B"),),
 )

@@ -1,6 +1,6 @@
 """Qwen-Image and its Edit versions; the original layout has the same names."""
 
-from lorafuse_common.naming import Family, Layout, names
+from lorafuse_common.naming import Family, Layout, Size, names
 
 DIFFUSERS = Layout(
     "diffusers",
@@ -38,6 +38,7 @@ QWEN_IMAGE = Family(
     title="Qwen-Image",
     transformer_classes=("QwenImageTransformer2DModel",),
     layouts=(DIFFUSERS,),
+    sizes=(Size(3072, 60, "20B"),),
     lora_targets=(
         "to_q",
         "to_k",

@@ -1,6 +1,6 @@
 """Qwen-Image 2.1: one stream of blocks; ComfyUI fuses the gate of a feed-forward layer with its other input."""
 
-from lorafuse_common.naming import Family, Layout, names, parts
+from lorafuse_common.naming import Family, Layout, Size, names, parts
 
 _SAME = (
     "img_in",
@@ -31,4 +31,5 @@ QWEN_IMAGE21 = Family(
     title="Qwen-Image 2.1",
     transformer_classes=("QwenImage21Transformer2DModel",),
     layouts=(DIFFUSERS, COMFYUI),
+    sizes=(Size(4096, 32, "7B"),),
 )

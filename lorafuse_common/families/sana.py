@@ -1,6 +1,6 @@
 """Sana, Sana 1.5 and Sana Sprint: original blocks fuse q, k and v of self-attention, k and v of cross-attention."""
 
-from lorafuse_common.naming import Family, Layout, names, parts
+from lorafuse_common.naming import Family, Layout, Size, names, parts
 
 _RENAMED = {
     "x_embedder.proj": "patch_embed.proj",
@@ -51,5 +51,5 @@ SANA = Family(
     title="Sana",
     transformer_classes=("SanaTransformer2DModel",),
     layouts=(DIFFUSERS, ORIGINAL),
-    widths={1152: "600M", 2240: "1.6B or 4.8B"},
+    sizes=(Size(1152, 28, "0.6B"), Size(2240, 20, "1.6B"), Size(2240, 60, "4.8B")),
 )

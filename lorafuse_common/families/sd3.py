@@ -1,6 +1,6 @@
 """Stable Diffusion 3 and 3.5."""
 
-from lorafuse_common.naming import Family, Layout, names, parts
+from lorafuse_common.naming import Family, Layout, Size, names, parts
 
 DIFFUSERS = Layout(
     "diffusers",
@@ -95,5 +95,5 @@ SD3 = Family(
     title="SD3",
     transformer_classes=("SD3Transformer2DModel",),
     layouts=(DIFFUSERS, ORIGINAL),
-    widths={1536: "medium (2B)", 2432: "large (8B)"},
+    sizes=(Size(1536, 24, "medium"), Size(2432, 38, "large")),
 )

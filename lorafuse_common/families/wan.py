@@ -1,6 +1,6 @@
 """Wan 2.1 and 2.2 (text-to-video, image-to-video, VACE, Animate) and the models built on it."""
 
-from lorafuse_common.naming import Family, Layout, names, parts
+from lorafuse_common.naming import Family, Layout, Size, names, parts
 
 _BLOCK = {
     "self_attn.q": "attn1.to_q",
@@ -88,6 +88,6 @@ WAN = Family(
         "ChronoEditTransformer3DModel",
     ),
     layouts=(DIFFUSERS, ORIGINAL),
-    widths={1536: "1.3B", 3072: "5B", 5120: "14B"},
+    sizes=(Size(1536, 30, "1.3B"), Size(3072, 30, "5B"), Size(5120, 40, "14B")),
     optional=dict.fromkeys(_IMAGE_MODULES, "modules for Wan 2.1's image embedder, which this Wan has not"),
 )

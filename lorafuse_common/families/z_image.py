@@ -1,6 +1,6 @@
 """Z-Image (base, Turbo, Omni)."""
 
-from lorafuse_common.naming import Family, Layout, names, parts
+from lorafuse_common.naming import Family, Layout, Size, names, parts
 
 _STACKS = ("layers", "noise_refiner", "context_refiner", "siglip_refiner")
 _MODULATED = ("layers", "noise_refiner")
@@ -41,4 +41,5 @@ Z_IMAGE = Family(
     title="Z-Image",
     transformer_classes=("ZImageTransformer2DModel",),
     layouts=(DIFFUSERS, ORIGINAL),
+    sizes=(Size(3840, 30, "6B"),),
 )

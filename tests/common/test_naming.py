@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from lorafuse_common.families import FAMILIES, family_of_class, family_of_suffix
 from lorafuse_common.families.ltx2 import LTX2
 from lorafuse_common.families.ltx_video import LTX_VIDEO
 from lorafuse_common.families.wan import WAN
-from lorafuse_common.naming import Family, candidates, identify
+from lorafuse_common.naming import Family, Layout, candidates, narrowed
 
 ROOT = Path(__file__).parents[2]
 LISTINGS = ROOT.parent / "shared" / "lora_keys"
@@ -79,14 +80,14 @@ def test_families_are_told_apart_by_all_their_names(family: Family) -> None:
     for layout in family.layouts:
         if layout.name == "comfyui" and len(layout.modules) < 10:
             continue  # norms alone, which FLUX.1, FLUX.2 and Chroma call alike
-        assert identify(layout.expand(3), FAMILIES) == (family, layout)
+        assert candidates(layout.expand(3), FAMILIES) == ((family, layout),)
 
 
 def test_a_model_that_has_all_names_of_another_is_itself() -> None:
     ltx = [f"{stack}.attn1.to_q" for stack in ("transformer_blocks.0", "transformer_blocks.1")]
     assert {family for family, _ in candidates(ltx, FAMILIES)} >= {LTX_VIDEO, LTX2}
     for family in (LTX_VIDEO, LTX2):
-        assert identify(family.layouts[0].expand(2), FAMILIES) == (family, family.layouts[0])
+        assert candidates(family.layouts[0].expand(2), FAMILIES) == ((family, family.layouts[0]),)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -116,8 +117,36 @@ def test_the_origins_example_is_recognised_as_wan() -> None:
 def test_shared_names_are_not_claimed_for_one_family() -> None:
     found = candidates(["transformer_blocks.0.attn.to_q"], FAMILIES)
     assert {family.name for family, _ in found} >= {"flux", "qwen_image", "sd3"}
-    assert identify(["transformer_blocks.0.attn.to_q"], FAMILIES) is None
-    assert identify(["blocks.0.self_attn.q"], FAMILIES, "ChromaTransformer2DModel") is None
+    assert candidates(["blocks.0.self_attn.q"], FAMILIES, "ChromaTransformer2DModel") == ()
+
+
+def test_sizes_tell_families_apart() -> None:
+    """Names that FLUX.1, FLUX.2, Chroma and HunyuanVideo share, with the widths and depths of real models."""
+    tied = candidates(["double_blocks.0.img_attn.qkv", "single_blocks.0.linear1"], FAMILIES)
+
+    def names(found: tuple[tuple[Family, Layout], ...]) -> set[str]:
+        return {family.name for family, _ in found}
+
+    assert names(tied) == {"flux", "flux2", "chroma", "hunyuan_video"}
+    assert names(narrowed(tied, 6144, 48)) == {"flux2"}
+    assert names(narrowed(tied, 3072, 40)) == {"hunyuan_video"}
+    assert names(narrowed(tied, 3072, 38)) == {"flux", "chroma"}
+    assert names(narrowed(tied, 3072, 39)) == {"hunyuan_video"}
+    assert names(narrowed(tied, None, 48)) == {"flux2"}
+    assert narrowed(tied, 48, 2) == tied
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.name not in ("sd3", "cosmos", "hidream")], ids=lambda f: f.name)
+def test_sizes_are_those_of_diffusers_defaults(family: Family) -> None:
+    """Whose defaults are a published model for most families."""
+    if not family.sizes:
+        pytest.skip("no published size is known")
+    with torch.device("meta"):
+        model = getattr(diffusers, family.transformer_classes[0])()
+    names = [name for name, _ in model.named_parameters()]
+    widths = Counter(value.shape[1] for _, value in model.named_parameters() if value.dim() == 2)
+    blocks = 1 + max(int(n) for name in names for n in re.findall(r"\.(\d+)\.", name))
+    assert (widths.most_common(1)[0][0], blocks) in {(size.width, size.blocks) for size in family.sizes}
 
 
 @pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.name)

@@ -149,7 +149,7 @@ def test_fp8_weights_are_not_edited(tmp_path: Path) -> None:
             {TO_Q: (48, 48), "transformer_blocks.30.attn.to_q": (48, 48)},
             "names block 30; the base's last is 1, so it is of a larger model",
         ),
-        ({TO_Q: (3072, 3072)}, "shapes are of a model of width 3072; the base is of width 48"),
+        ({TO_Q: (3072, 3072)}, "shapes are of the 20B model; the base is of width 48"),
     ],
 )
 def test_the_likeliest_cause_is_named(
