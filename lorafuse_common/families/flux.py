@@ -129,5 +129,9 @@ FLUX = Family(
     transformer_classes=("FluxTransformer2DModel",),
     layouts=(DIFFUSERS, ORIGINAL, XLABS, COMFYUI),
     sizes=(Size(3072, 38, "12B"),),
+    optional=dict.fromkeys(
+        ("time_text_embed.guidance_embedder.linear_1", "time_text_embed.guidance_embedder.linear_2"),
+        "modules for the guidance embedder, which FLUX.1 schnell has not",
+    ),
     widenable={"x_embedder": "in_channels"},
 )

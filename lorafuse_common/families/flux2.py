@@ -92,4 +92,8 @@ FLUX2 = Family(
     transformer_classes=("Flux2Transformer2DModel",),
     layouts=(DIFFUSERS, ORIGINAL, COMFYUI),
     sizes=(Size(6144, 48, "32B"), Size(4096, 24, "klein 9B"), Size(3072, 20, "klein 4B")),
+    optional=dict.fromkeys(
+        ("time_guidance_embed.guidance_embedder.linear_1", "time_guidance_embed.guidance_embedder.linear_2"),
+        "modules for the guidance embedder, which FLUX.2 klein has not",
+    ),
 )

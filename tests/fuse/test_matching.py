@@ -17,6 +17,9 @@ from lorafuse_common.checkpoint import Checkpoint, open_checkpoint
 from lorafuse_common.dialects.comfy import COMFY
 from lorafuse_common.dialects.diffusers import DIFFUSERS
 from lorafuse_common.dialects.kohya import KOHYA
+from lorafuse_common.families.flux import FLUX
+from lorafuse_common.families.flux2 import FLUX2
+from lorafuse_common.naming import Family
 from lorafuse_fuse.fit import ProblemKind
 from lorafuse_fuse.fuse import FuseOptions, fuse, require_clean
 from lorafuse_fuse.plan import FusePlan, LoraRequest, plan_fuse
@@ -170,6 +173,21 @@ def test_a_wan_21_image_lora_on_22(tmp_path: Path) -> None:
         assert plan.loras[0].applied == 1
     plan = planned(base, tmp_path, original | pair("diffusion_model.blocks.0.cross_attn.nonsense", a, b))
     assert [problem.kind for problem in plan.problems] == [ProblemKind.NO_SUCH_MODULE]
+
+
+@pytest.mark.parametrize("family", [FLUX, FLUX2], ids=lambda family: family.name)
+def test_guidance_that_distilled_models_lack(tmp_path: Path, family: Family) -> None:
+    """A FLUX.1 dev LoRA on schnell, and one for FLUX.2 dev on klein, which take no guidance."""
+    names = [name for name in family.layouts[0].expand(1) if "guidance_embedder" not in name]
+    write_sparse(tmp_path / "m.safetensors", {f"{name}.weight": (48, 48) for name in names})
+    base = open_checkpoint(tmp_path / "m.safetensors")
+    assert base.family is family
+    tensors = pair("img_in") | pair("guidance_in.in_layer") | pair("guidance_in.out_layer")
+    plan = planned(base, tmp_path, tensors)
+    assert plan.problems == ()
+    assert plan.loras[0].applied == 1
+    assert list(plan.loras[0].harmless.values()) == [2]
+    assert "guidance embedder" in next(iter(plan.loras[0].harmless))
 
 
 def test_whole_modules_that_peft_saves(tmp_path: Path) -> None:
