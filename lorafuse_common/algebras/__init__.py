@@ -17,7 +17,6 @@ from .replace import REPLACE
 ALGEBRAS: tuple[Algebra, ...] = (LORA, LORA_BIAS, DORA, LOHA, LOKR, GLORA, OFT, BOFT, DIFF, REPLACE)
 
 UNSUPPORTED = {
-    "reshape_weight": "a widened weight (.reshape_weight)",
     "timestep": "a timestep-dependent LoRA (it has no one weight)",
     "oft_R": "PEFT's OFT or BOFT (oft_R, boft_R)",
     "ia3": "(IA)^3",

@@ -88,6 +88,10 @@ def test_kinds_that_no_algebra_computes_are_refused_by_name(tmp_path: Path) -> N
         assert sources.config
         assert sources.config.unfusable
         assert next(iter(fields)) in sources.config.unfusable
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}')  # which has no rank
+    sources = read_scale_sources(tmp_path / "x.safetensors", {})
+    assert sources.config
+    assert "IA3" in str(sources.config.unfusable)
 
 
 def test_pefts_lokr_takes_its_own_alpha(tmp_path: Path) -> None:

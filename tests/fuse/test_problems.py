@@ -226,3 +226,78 @@ def test_unusual_scales_are_pointed_out(
     assert [note for note in plan.loras[0].notes if (says or "") in note] == list(plan.loras[0].notes)
     assert (says is None) == (not plan.loras[0].notes)
     assert (says or "lora ") in describe_plan(plan)
+
+
+def broken(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A good LoRA with one thing wrong."""
+    changed = dict(tensors)
+    if name == "renamed factor":
+        changed[f"{TO_Q}.lora_C.weight"] = changed.pop(f"{TO_Q}.lora_B.weight")
+    elif name == "renamed module":
+        changed = {key.replace("to_q", "to_quarry"): value for key, value in changed.items()}
+    elif name == "another rank":
+        changed[f"{TO_Q}.lora_A.weight"] = A[:3]
+    elif name == "infinite alpha":
+        changed[f"{TO_Q}.alpha"] = torch.tensor(float("inf"))
+    elif name == "another width":
+        changed[f"{TO_Q}.lora_B.weight"] = B[:40]
+    elif name == "qkv and to_q":
+        qkv = f"{TO_Q.removesuffix('to_q')}to_qkv"
+        changed |= {f"{qkv}.lora_A.weight": A, f"{qkv}.lora_B.weight": torch.randn(144, 4)}
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("renamed factor", {ProblemKind.UNREAD_KEY, ProblemKind.INCOMPLETE_MODULE}),
+        ("renamed module", {ProblemKind.NO_SUCH_MODULE}),
+        ("another rank", {ProblemKind.SHAPE_MISMATCH}),
+        ("another width", {ProblemKind.SHAPE_MISMATCH}),
+        ("infinite alpha", {ProblemKind.SCALE_CONFLICT}),
+        ("qkv and to_q", {ProblemKind.DUPLICATE_MODULE}),
+    ],
+)
+def test_broken_files_give_the_right_kind(base: Checkpoint, tmp_path: Path, name: str, kinds: set[ProblemKind]) -> None:
+    plan = planned(base, tmp_path, broken(name, GOOD))
+    assert {problem.kind for problem in plan.problems} - {ProblemKind.NO_EFFECT} == kinds
+    with pytest.raises(PlanError, match=next(iter(kinds))):
+        require_clean(plan, ())
+
+
+def test_a_truncated_file_is_no_lora(base: Checkpoint, tmp_path: Path) -> None:
+    planned(base, tmp_path, GOOD)
+    raw = (tmp_path / "x.safetensors").read_bytes()
+    for size in (0, 7, 40, len(raw) - 1):
+        (tmp_path / "x.safetensors").write_bytes(raw[:size])
+        plan = plan_fuse(base, [LoraRequest(tmp_path / "x.safetensors")])
+        assert [problem.kind for problem in plan.problems] == [ProblemKind.NOT_A_LORA]
+        assert "x.safetensors" in plan.problems[0].detail
+
+
+@pytest.mark.parametrize(
+    ("suffix", "says"),
+    [
+        (".oft_R.weight", "PEFT's OFT"),
+        (".hra_u.default", "HRA"),
+        (".vera_lambda_b", "VeRA"),
+        (".ia3_l", r"\(IA\)\^3"),
+        (".lambda_layer", "timestep"),
+    ],
+)
+def test_what_cannot_be_fused_statically_is_refused_by_name(
+    base: Checkpoint, tmp_path: Path, suffix: str, says: str
+) -> None:
+    plan = planned(base, tmp_path, {**GOOD, f"{TO_Q.replace('to_q', 'to_k')}{suffix}": torch.ones(48)})
+    assert [problem.kind for problem in plan.problems] == [ProblemKind.UNKNOWN_ALGEBRA]
+    with pytest.raises(PlanError, match=says):
+        require_clean(plan, ())
+
+
+def test_kohyas_own_oft_is_not_taken_for_lycoris(base: Checkpoint, tmp_path: Path) -> None:
+    blocks = {f"{TO_Q}.oft_blocks": torch.randn(12, 4, 4)}
+    assert planned(base, tmp_path, blocks).problems == ()
+    save_file(blocks, tmp_path / "x.safetensors", {"ss_network_module": "networks.oft_flux"})
+    plan = plan_fuse(base, [LoraRequest(tmp_path / "x.safetensors")])
+    assert plan.problems[0].kind is ProblemKind.UNKNOWN_ALGEBRA
+    assert "kohya" in plan.problems[0].detail
