@@ -50,7 +50,7 @@ class Fp8Scale:
 
         grid = scale.reshape(-1, scale.shape[-1] if scale.dim() > 1 else 1)  # (row blocks, column blocks)
         if len(grid) > 1:
-            grid = grid[torch.arange(start, stop) // self.block_rows]
+            grid = grid[torch.arange(start, stop, device=grid.device) // self.block_rows]
         return grid if grid.shape[1] == 1 else grid.repeat_interleave(self.block_columns, 1)[:, :columns]
 
 

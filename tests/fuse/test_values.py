@@ -19,6 +19,7 @@ from lorafuse_common.dialects.diffsynth import DIFFSYNTH
 from lorafuse_common.dialects.diffusers import DIFFUSERS
 from lorafuse_common.dialects.lightning import LIGHTNING
 from lorafuse_common.dialects.peft import PEFT
+from lorafuse_common.errors import ConfigError
 from lorafuse_common.manifest import read_manifest, verify_manifest
 from lorafuse_fuse import blocks
 from lorafuse_fuse.fuse import FuseOptions, fuse, require_clean
@@ -118,6 +119,34 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path: Path, monkeypatch:
         fuse(plan, FuseOptions(tmp_path / str(workers), workers=workers))
         files.append([path.read_bytes() for path in sorted((tmp_path / str(workers)).iterdir())])
     assert files[0] == files[1] == files[2]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_cuda_gives_the_same_to_one_rounding(tmp_path: Path, dtype: torch.dtype) -> None:
+    base = save_model(tmp_path / "base", dtype, sharded=True)
+    loras = [LoraRequest(write_lora(tmp_path / "x.safetensors", make_factors(), LIGHTNING, 2.0))]
+    plan = plan_fuse(open_checkpoint(base), loras)
+    found = []
+    for device in ("cpu", "cuda"):
+        fuse(plan, FuseOptions(tmp_path / device, device=device))
+        found.append(weights(tmp_path / device))
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=torch.finfo(dtype).eps, atol=1e-7)
+    first, second = (read_manifest(tmp_path / device) for device in ("cpu", "cuda"))
+    assert first
+    assert second
+    for one, other in zip(first.changes, second.changes, strict=True):
+        assert one.gain == pytest.approx(other.gain, abs=1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_that_is_not_there(tmp_path: Path) -> None:
+    lora = write_lora(tmp_path / "x.safetensors", make_factors(), LIGHTNING, 2.0)
+    plan = plan_fuse(open_checkpoint(save_model(tmp_path / "base")), [LoraRequest(lora)])
+    with pytest.raises(ConfigError, match="finds no CUDA device"):
+        fuse(plan, FuseOptions(tmp_path / "out", device="cuda"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("F32", torch.float32), ("F16", torch.float16), ("BF16", torch.bfloat16)])

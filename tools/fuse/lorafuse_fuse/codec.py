@@ -45,10 +45,13 @@ class Codec:
             return stored.float() if stored.element_size() == 1 else stored
         return stored.float().mul_(self.scale.spread(self.values, start, start + len(stored), self.columns))
 
-    def encode(self, numbers: torch.Tensor, stored: torch.Tensor, start: int, noise: torch.Generator | None) -> None:
-        """Round numbers into `stored`, which holds rows of the weight from row `start` on.
+    def encode(
+        self, numbers: torch.Tensor, stored: torch.Tensor, start: int, noise: torch.Generator | None
+    ) -> torch.Tensor:
+        """Round numbers into `stored`, which holds rows of the weight from row `start` on; returns them as stored.
 
-        To the nearest, or up or down by chance where there is `noise`, so that the mean is exact.
+        To the nearest, or up or down by chance where there is `noise`, so that the mean is exact. Numbers on another
+        device are rounded there, and what is returned lies there.
         """
         if self.scale is not None and self.values is not None:
             numbers = numbers / self.scale.spread(self.values, start, start + len(stored), self.columns)
@@ -57,14 +60,22 @@ class Codec:
             numbers = numbers.clamp(-largest, largest)
         if noise is not None and self.dtype in _LOST_BITS:
             numbers = _dithered(numbers, _LOST_BITS[self.dtype], noise)
-        stored.copy_(numbers)
+        if numbers.device == stored.device:
+            return stored.copy_(numbers)
+        rounded = numbers.to(self.dtype)
+        stored.copy_(rounded)
+        return rounded
+
+    def on(self, device: torch.device) -> Codec:
+        """The same with its scale's values on a device."""
+        return self if self.values is None else replace(self, values=self.values.to(device))
 
 
 def _dithered(numbers: torch.Tensor, lost: int, noise: torch.Generator) -> torch.Tensor:
     """fp32 numbers whose `lost` last bits were rounded up or down with the chance that they stand for."""
     bits = numbers.float().view(torch.int32)
-    chance = torch.randint(0, 1 << lost, bits.shape, dtype=torch.int32, generator=noise)
-    return bits.add(chance).bitwise_and_(-(1 << lost)).view(torch.float32)
+    chance = torch.randint(0, 1 << lost, bits.shape, dtype=torch.int32, generator=noise)  # on the CPU: reproducible
+    return bits.add(chance.to(bits.device)).bitwise_and_(-(1 << lost)).view(torch.float32)
 
 
 def noise_for(seed: int | None, name: str, start: int) -> torch.Generator | None:
@@ -132,7 +143,7 @@ def largest_magnitudes(codec: Codec, numbers: torch.Tensor, start: int, into: to
     if len(grid) == 1:
         torch.maximum(grid, by_columns.amax(0, keepdim=True), out=grid)
     else:
-        owner = torch.arange(start, start + len(numbers)) // scale.block_rows
+        owner = torch.arange(start, start + len(numbers), device=numbers.device) // scale.block_rows
         grid.scatter_reduce_(0, owner[:, None].expand(-1, wide), by_columns, "amax")
 
 

@@ -27,20 +27,23 @@ class Editor:
     Deltas are summed in fp32 (fp64 for fp64 weights) and rounded once.
     """
 
-    def __init__(self, plan: ComponentPlan, ref: TensorRef) -> None:
-        self.ref, self._seed, self._component = ref, plan.seed, plan.base.component
-        self._stored = codec_of(ref, plan.scales)
+    def __init__(self, plan: ComponentPlan, ref: TensorRef, device: torch.device) -> None:
+        self.ref, self._seed, self._component, self._device = ref, plan.seed, plan.base.component, device
+        self._stored = codec_of(ref, plan.scales).on(device)
         self._rows = ref.shape[0] if ref.shape else 1
         stored = plan.stored_as(ref)
         self._out = replace(self._stored, dtype=torch_dtype(stored.dtype), columns=math.prod(stored.shape[1:]))
-        self._step = min(self._rows, max(1, blocks.EDIT_BLOCK_ELEMENTS // self._out.columns))
+        self._step = block_rows(self._rows, self._out.columns)
+        if device.type != "cpu":  # a piece at once: many small blocks would wait for their launch
+            self._step = max(self._step, blocks.PIECE_BYTES // max(1, ref.nbytes // self._rows))
         self._sums: dict[int, tuple[float, ...]] = {}
         work = self._stored.work
         self._patches = []
         for patch in plan.patches[ref.name]:
             factors = {role: read_tensor(factor).to(work) for role, factor in patch.module.factors.items()}
             weight = Gathered(patch, plan.scales, work)
-            self._patches.append((patch, patch.algebra.prepare(factors, weight, patch.scale, patch.module.alpha)))
+            prepared = patch.algebra.prepare(factors, weight, patch.scale, patch.module.alpha)
+            self._patches.append((patch, {role: factor.to(device) for role, factor in prepared.items()}))
         if ref.name in plan.scales:
             self._out = self._requantised()
 
@@ -62,17 +65,17 @@ class Editor:
 
     def _change_block(self, stored: torch.Tensor, after: torch.Tensor, start: int) -> None:
         before, delta, exact = self._summed(stored, start)
-        self._out.encode(exact, after, start, noise_for(self._seed, self.ref.name, start))
-        lost = exact.sub_(self._out.decode(after, start)).view(-1)
+        rounded = self._out.encode(exact, after, start, noise_for(self._seed, self.ref.name, start))
+        lost = exact.sub_(self._out.decode(rounded, start)).view(-1)
         weight, change = before.view(-1), delta.view(-1)
         pairs = ((weight, weight), (change, change), (lost, lost), (lost, change))
-        self._sums[start] = tuple(float(torch.dot(left, right)) for left, right in pairs)
+        self._sums[start] = tuple(torch.stack([torch.dot(left, right) for left, right in pairs]).tolist())
 
     def _summed(self, stored: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rows as they are, what is added to them, and both in one; valid until the thread's next block."""
-        before, delta, exact = _scratch(len(stored), self._out.columns, self._stored.work)
+        before, delta, exact = _scratch(len(stored), self._out.columns, self._stored.work, self._device)
         before[:, self._stored.columns :] = 0
-        before[:, : self._stored.columns] = self._stored.decode(stored, start)
+        before[:, : self._stored.columns] = self._stored.decode(stored.to(self._device), start)
         delta.zero_()
         for patch, factors in self._patches:
             columns = math.prod(patch.shape[1:])  # fewer than the tensor's, where another LoRA widens it
@@ -86,7 +89,7 @@ class Editor:
         So the arithmetic runs twice, in blocks: once for the largest magnitudes, once for the values.
         """
         assert self._stored.scale is not None
-        largest = torch.zeros(self._stored.scale.ref.shape)
+        largest = torch.zeros(self._stored.scale.ref.shape, device=self._device)
         for start in range(0, self._rows, self._step):
             stop = min(self._rows, start + self._step)
             stored = self._stored.view(read_rows(self.ref, start, stop))
@@ -112,10 +115,15 @@ class Editor:
         return TensorChange(self.ref.name, self._component, *(float(f"{figure:.4g}") for figure in figures))
 
 
+def block_rows(rows: int, columns: int) -> int:
+    """How many of a tensor's rows are computed on at a time."""
+    return min(rows, max(1, blocks.EDIT_BLOCK_ELEMENTS // columns))
+
+
 def piece_rows(ref: TensorRef, columns: int) -> Iterator[tuple[int, int]]:
     """The first row of each piece that a tensor is edited in and one past its last: whole blocks of rows."""
     rows = ref.shape[0] if ref.shape else 1
-    step = min(rows, max(1, blocks.EDIT_BLOCK_ELEMENTS // columns))
+    step = block_rows(rows, columns)
     step *= max(1, blocks.PIECE_BYTES // (step * max(1, ref.nbytes // rows)))
     for start in range(0, rows, step):
         yield start, min(rows, start + step)
@@ -133,14 +141,16 @@ def _add_rows(
             patch.algebra.add_delta(factors, block, patch.scale, patch.strength)
 
 
-def _scratch(rows: int, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _scratch(
+    rows: int, columns: int, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Three blocks of memory that the thread keeps."""
     room: torch.Tensor | None = getattr(_thread, "room", None)
     needed = 3 * rows * columns
-    if room is None or room.dtype is not dtype or room.numel() < needed:
+    if room is None or (room.dtype, room.device) != (dtype, device) or room.numel() < needed:
         torch.set_num_threads(
             1
         )  # blocks are too small to share out: on a busy machine waiting costs several times more
-        room = _thread.room = torch.empty(needed, dtype=dtype)
+        room = _thread.room = torch.empty(needed, dtype=dtype, device=device)
     before, delta, exact = room[:needed].view(3, rows, columns)
     return before, delta, exact

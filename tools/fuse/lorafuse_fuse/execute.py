@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from lorafuse_common.errors import ConfigError
 from lorafuse_common.lora import is_zero_product
 from lorafuse_common.manifest import TensorChange
 from lorafuse_common.tensorfile import DTYPE_BITS, TensorFile, TensorRef, encode_header, read_tensor
@@ -63,6 +64,7 @@ def write_fused(
     *,
     workers: int,
     known_sha256: str | None = None,
+    device: str = "cpu",
 ) -> Written:
     """Write a copy of `source`, a file of the plan's base, to `out` with its patches added; both are hashed on the way.
 
@@ -74,15 +76,23 @@ def write_fused(
     header = encode_header(source, metadata, plan.stored)
     size = len(header)
     editors: dict[str, Future[Editor]] = {}
-    with Stream(source.path, out, progress, workers, hash_source=known_sha256 is None) as stream:
+    allocate = bytearray if device == "cpu" else _pinned
+    with Stream(source.path, out, progress, workers, allocate, hash_source=known_sha256 is None) as stream:
         stream.replace(source.data_start, header)
         for ref in source.tensors.values():
-            size += _pass(stream, plan, ref, editors)
+            size += _pass(stream, plan, ref, editors, torch.device(device))
     changes = tuple(editors[name].result().figures() for name in source.tensors if name in editors)
     return Written(known_sha256 or stream.source_hash.hexdigest(), stream.output_hash.hexdigest(), size, changes)
 
 
-def _pass(stream: Stream, plan: ComponentPlan, ref: TensorRef, editors: dict[str, Future[Editor]]) -> int:
+def _pinned(size: int) -> memoryview:
+    """Memory that a GPU copies from and to on its own."""
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy().data
+
+
+def _pass(
+    stream: Stream, plan: ComponentPlan, ref: TensorRef, editors: dict[str, Future[Editor]], device: torch.device
+) -> int:
     """Send one tensor through the stream, edited where the plan says so; returns its bytes in the output.
 
     A weight's editor is prepared by a worker, ahead of the pieces that need it: workers take jobs in order.
@@ -90,7 +100,7 @@ def _pass(stream: Stream, plan: ComponentPlan, ref: TensorRef, editors: dict[str
 
     def editor_of(weight: TensorRef) -> Future[Editor]:
         if weight.name not in editors:
-            editors[weight.name] = stream.workers.submit(Editor, plan, weight)
+            editors[weight.name] = stream.workers.submit(Editor, plan, weight, device)
         return editors[weight.name]
 
     owner = plan.scale_owners.get(ref.name)
@@ -113,6 +123,12 @@ def _pass(stream: Stream, plan: ComponentPlan, ref: TensorRef, editors: dict[str
 
 def _change(editor: Future[Editor], start: int, data: memoryview) -> memoryview:
     return editor.result().change(data, start)
+
+
+def check_device(device: str) -> None:
+    """Raise ConfigError where torch cannot compute on `device`."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: this torch finds no CUDA device; leave the flag out to compute on the CPU")
 
 
 def free_bytes(folder: Path) -> int:

@@ -17,6 +17,7 @@ from lorafuse_common.errors import CheckpointError
 
 from . import blocks
 
+Buffer = bytearray | memoryview
 Change = Callable[[memoryview], memoryview]
 """Edits a piece's bytes in place or makes others, and returns those to be written."""
 
@@ -29,14 +30,22 @@ class Stream:
     """
 
     def __init__(
-        self, source: Path, out: Path, progress: Callable[[int], object], workers: int, *, hash_source: bool = True
+        self,
+        source: Path,
+        out: Path,
+        progress: Callable[[int], object],
+        workers: int,
+        allocate: Callable[[int], Buffer] = bytearray,
+        *,
+        hash_source: bool = True,
     ) -> None:
         self._path, self._progress = source, progress
         self._reading: BinaryIO = source.open("rb", buffering=0)
         self._writing: BinaryIO = out.open("xb", buffering=0)
-        self._free: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
+        self._free: queue.SimpleQueue[Buffer] = queue.SimpleQueue()
+        self._allocate = allocate
         for _ in range(workers + blocks.SPARE_PIECES):
-            self._free.put(bytearray(blocks.PIECE_BYTES))
+            self._free.put(allocate(blocks.PIECE_BYTES))
         self.workers = ThreadPoolExecutor(workers, "edit")
         self._hash_in, self._hash_out = ThreadPoolExecutor(1, "hash-in"), ThreadPoolExecutor(1, "hash-out")
         self._drain = _Drain(self._writing.fileno())
@@ -74,7 +83,7 @@ class Stream:
             self._under_way.popleft().result()
         buffer = self._free.get()
         if len(buffer) < count:
-            buffer = bytearray(count)
+            buffer = self._allocate(count)
         data, at = memoryview(buffer)[:count], 0
         while at < count:
             got = self._reading.readinto(data[at:])  # type: ignore[attr-defined]
@@ -97,7 +106,7 @@ class Stream:
             left, offset = left[wrote:], offset + wrote
         return made
 
-    def _finish(self, made: Future[memoryview], seen: Future[None] | None, buffer: bytearray, end: int) -> None:
+    def _finish(self, made: Future[memoryview], seen: Future[None] | None, buffer: Buffer, end: int) -> None:
         try:
             self.output_hash.update(made.result())
             if seen:
