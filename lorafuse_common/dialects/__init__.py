@@ -1,7 +1,7 @@
 """The registry of LoRA spellings; a new one is a file here and an entry in `DIALECTS`."""
 
 from .comfy import COMFY
-from .dialect import SUFFIXES, Dialect, Key, flatten, split_key
+from .dialect import DOWN_UP_ROLES, SUFFIXES, AlphaStyle, Dialect, Key, flatten, split_key
 from .diffsynth import DIFFSYNTH
 from .diffusers import DIFFUSERS
 from .genmo import GENMO
@@ -29,4 +29,4 @@ DIALECTS: tuple[Dialect, ...] = (
     GENMO,
 )
 
-__all__ = ["DIALECTS", "SUFFIXES", "Dialect", "Key", "flatten", "split_key"]
+__all__ = ["DIALECTS", "DOWN_UP_ROLES", "SUFFIXES", "AlphaStyle", "Dialect", "Key", "flatten", "split_key"]

@@ -9,7 +9,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import NamedTuple
+
+
+class AlphaStyle(StrEnum):
+    """How a dialect states the scale of a module."""
+
+    ALWAYS = "an .alpha for every module"
+    UNLESS_ONE = "an .alpha where the scale is not 1"
+    NEVER = "not at all: the scale is in B"
+    CONFIG = "an adapter_config.json beside the file"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +36,8 @@ class Dialect:
     """Whether the dots of a module's name are written as underscores."""
     layout: str = "diffusers"
     """Whose module names are written, where a family has several layouts."""
+    alpha: AlphaStyle | None = None
+    """How its files state a scale; None for a dialect that is only read."""
 
     endings: tuple[str, ...] = ()
     """Further suffixes by which it is told from others that have the same prefixes."""
@@ -34,9 +46,10 @@ class Dialect:
         """A module's name (`transformer_blocks.0.attn.to_q`) -> the stem of its keys in the file."""
         return self.prefixes[0] + (flatten(module) if self.flat else module)
 
-    def suffix(self, role: str) -> str:
-        """What this dialect writes after a stem for a role."""
-        return self.roles.get(role) or SUFFIXES[role]
+    def suffix(self, role: str, parameter: str = "weight") -> str:
+        """What this dialect writes after a stem for a role of the module's weight or bias."""
+        own = _BIAS_SUFFIXES if parameter == "bias" else self.roles
+        return own.get(role) or SUFFIXES[role]
 
     def tails(self, stem: str) -> tuple[str, ...]:
         """What may be a module's name in a stem, for each prefix that it has."""
@@ -69,6 +82,7 @@ SUFFIXES = {
     "glora_bm": ".bm.weight",
     "oft_blocks": ".oft_blocks",
     "rescale": ".rescale",
+    "reshape_weight": ".reshape_weight",
     **{
         role: f".{role}"
         for role in (
@@ -78,6 +92,9 @@ SUFFIXES = {
     },
 }  # fmt: skip
 """How a role is written where a dialect has no spelling of its own."""
+
+_BIAS_SUFFIXES = {"diff": ".diff_b", "set_weight": ".set_bias"}
+"""How roles that a bias shares with a weight are written."""
 
 _READ: Mapping[str, tuple[str, str]] = {
     ".lora_down.weight": ("weight", "down"),

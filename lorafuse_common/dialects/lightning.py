@@ -1,5 +1,5 @@
 """Lightning few-step LoRAs: bare names, down/up and a per-module alpha."""
 
-from .dialect import BARE, DOWN_UP_ROLES, Dialect
+from .dialect import BARE, DOWN_UP_ROLES, AlphaStyle, Dialect
 
-LIGHTNING = Dialect("lightning", BARE, DOWN_UP_ROLES)
+LIGHTNING = Dialect("lightning", BARE, DOWN_UP_ROLES, alpha=AlphaStyle.ALWAYS)

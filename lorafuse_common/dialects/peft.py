@@ -1,6 +1,6 @@
 """Raw PEFT `save_pretrained`: `base_model.model.` before the names; the scale is in `adapter_config.json`."""
 
-from .dialect import AB_ROLES, Dialect
+from .dialect import AB_ROLES, AlphaStyle, Dialect
 
 PEFT = Dialect(
     "peft",
@@ -13,4 +13,5 @@ PEFT = Dialect(
         "unet.base_model.model.",
     ),
     AB_ROLES | {"magnitude": ".lora_magnitude_vector"},
+    alpha=AlphaStyle.CONFIG,
 )
