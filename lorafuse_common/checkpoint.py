@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 from .errors import CheckpointError
 from .families import FAMILIES, family_of_class
-from .manifest import MANIFEST_NAME
+from .manifest import MANIFEST_NAME, Origin
 from .naming import Family, Layout, candidates
+from .strangers import refusal_of
 from .tensorfile import TensorFile, TensorRef, read_header
 
 DEFAULT_COMPONENT = "transformer"
@@ -22,6 +23,8 @@ PREFIXES = ("", *COMFY_PREFIXES, "transformer.", "model.", "net.")
 """What single-file checkpoints put before the transformer's names."""
 _INDEX_SUFFIX = ".safetensors.index.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
+MAX_JSON_BYTES = 32 << 20
+"""The index of a model of 100000 tensors has about 10 MB."""
 _WEIGHTS_STEMS = ("diffusion_pytorch_model", "model")
 
 
@@ -56,6 +59,15 @@ class Checkpoint:
     class_name: str | None
     family: Family | None
     layout: Layout | None
+    origin: Origin | None = None
+    """Where on the hub it came from."""
+    only: frozenset[Path] | None = None
+    """The files of its folder that belong to it, relative to it; None for all. The hub's cache may hold others."""
+
+    @property
+    def label(self) -> str:
+        """What to call the place it lies at in a message."""
+        return self.origin.uri if self.origin else str(self.root)
 
     @property
     def folder(self) -> Path:
@@ -79,23 +91,38 @@ def open_checkpoint(path: Path, component: str | None = None) -> Checkpoint:
     Raises:
         CheckpointError: nothing there, no weights, a broken file, shards that do not match their index.
     """
-    if not path.exists():
-        raise CheckpointError(
-            f"{path}: no such file or folder; expected a .safetensors file, a model folder or a pipeline folder "
-            "on disk (a model on the hub has to be downloaded first)"
-        )
-    if path.is_file():
+    _require_there(path)
+    if not path.is_dir():
         _refuse_component(path, component, "a single file")
         return _checkpoint(path, Form.FILE, None, _Weights((read_header(path),), None), None)
     if (path / "model_index.json").is_file():
         chosen = component or DEFAULT_COMPONENT
         folder = path / chosen
-        if not folder.is_dir():
+        if not folder.is_dir() or not _is_name(chosen):
             parts = sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
             raise CheckpointError(f"{path}: this pipeline has no folder {chosen!r}; --component can be one of {parts}")
         return _checkpoint(path, Form.PIPELINE, chosen, _weight_files(folder), _class_name(folder))
     _refuse_component(path, component, "a model folder without model_index.json")
     return _checkpoint(path, Form.MODEL, None, _weight_files(path), _class_name(path))
+
+
+def _require_there(path: Path) -> None:
+    try:
+        path.stat()
+        if path.is_dir():
+            next(path.iterdir(), None)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(
+            f"{path}: no such file or folder; expected a .safetensors file, a model folder or a pipeline folder "
+            "on disk (a model on the hub has to be downloaded first)"
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _is_name(text: str) -> bool:
+    """Whether a text names something in a folder, and nothing outside it."""
+    return text not in ("", ".", "..") and not {"/", "\0"} & set(text) and len(text.encode(errors="replace")) < 256
 
 
 def _refuse_component(path: Path, component: str | None, what: str) -> None:
@@ -165,13 +192,15 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object from a file, or None where there is no file.
 
     Raises:
-        CheckpointError: it is no JSON object.
+        CheckpointError: it is no JSON object, or far too large for one that belongs to a model.
     """
-    if not path.is_file():
-        return None
     try:
+        if not path.is_file():
+            return None
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"{path.stat().st_size} bytes are more than any such file has")
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(found).__name__}")
@@ -196,17 +225,20 @@ def _weight_files(folder: Path) -> _Weights:
             f"{folder}: several weight files ({names[:6]}) and none has diffusers' name, "
             "diffusion_pytorch_model.safetensors. Give the one file you mean instead of the folder."
         )
-    pickles = sorted(p.name for p in folder.glob("*.bin"))
-    hint = f" It has {pickles[0]}, a pickle, which is not read: convert it to safetensors." if pickles else ""
+    unread = sorted(f"{p.name}: {why}" for p in folder.iterdir() if (why := refusal_of(p.suffix)))
+    hint = f" It has {unread[0]}" if unread else ""
     raise CheckpointError(f"{folder}: no .safetensors weights and no model_index.json in it.{hint}")
 
 
 def _sharded(index: Path) -> _Weights:
-    weight_map = (read_json(index) or {}).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+    found = read_json(index) or {}
+    weight_map, metadata = found.get("weight_map"), found.get("metadata", {})
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("total_size", 0), int | float):
+        raise CheckpointError(f"{index}: expected a 'metadata' object with the shards' total_size, a number")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{index}: expected a 'weight_map' from tensor names to file names")
     shards = sorted(set(weight_map.values()))
-    outside = [name for name in shards if Path(name).name != name]
+    outside = [name for name in shards if not _is_name(name)]
     if outside:
         raise CheckpointError(f"{index}: names files outside its folder: {outside[:3]}")
     absent = [name for name in shards if not (index.parent / name).is_file()]
@@ -254,7 +286,8 @@ def _other_files(checkpoints: Sequence[Checkpoint]) -> tuple[Path, ...]:
         visited.add(real)
         paths = (Path(folder) / name for name in names if not name.startswith("."))
         found += [path.relative_to(root) for path in paths if path not in weights and path.is_file()]
-    return tuple(sorted(path for path in found if str(path) != MANIFEST_NAME))
+    only = checkpoints[0].only
+    return tuple(sorted(path for path in found if str(path) != MANIFEST_NAME and (only is None or path in only)))
 
 
 def _is_foreign_weight(checkpoints: Sequence[Checkpoint], path: Path) -> bool:

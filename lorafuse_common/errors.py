@@ -17,6 +17,10 @@ class NotALoraError(LoraFileError):
     """A readable safetensors file without a single LoRA factor."""
 
 
+class HubError(LorafuseError):
+    """Something on the hub that is not there, or cannot be had now."""
+
+
 class ManifestError(LorafuseError):
     """A `lorafuse.json` that is broken, or whose checkpoint does not match it."""
 
@@ -27,6 +31,10 @@ class OutputError(LorafuseError):
 
 class PlanError(LorafuseError):
     """A fuse that would not do what was asked; lists every problem at once."""
+
+
+class ConvertError(LorafuseError):
+    """A conversion that would not give the same LoRA; lists every problem at once."""
 
 
 class ConfigError(LorafuseError):

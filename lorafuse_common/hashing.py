@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 BLOCK_BYTES = 8 << 20
@@ -39,14 +39,18 @@ def sha256_of(path: Path, progress: Callable[[int], object] | None = None) -> st
             digest.update(block)
             if progress:
                 progress(len(block))
-    remember({path: digest.hexdigest()} if stat_identity(path) == identity else {})
+    remember({path: digest.hexdigest()}, {path: identity})
     return digest.hexdigest()
 
 
 def stat_identity(path: Path) -> str:
     """What changes whenever a file's content may have: size, times and inode."""
-    stat = path.stat()
-    return f"{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}:{stat.st_ino}"
+    return identity_of(path.stat())
+
+
+def identity_of(status: os.stat_result) -> str:
+    """`stat_identity` of a file that was looked at already."""
+    return f"{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}:{status.st_ino}"
 
 
 def remembered(path: Path) -> str | None:
@@ -55,18 +59,23 @@ def remembered(path: Path) -> str | None:
     return digest if identity == stat_identity(path) else None
 
 
-def remember(digests: dict[Path, str]) -> None:
-    """Store digests that were just computed; failing to store is harmless and silent."""
+def remember(digests: Mapping[Path, str], identities: Mapping[Path, str] | None = None) -> None:
+    """Store digests that were just computed; failing to store is harmless and silent.
+
+    A file whose identity no longer is the one in `identities`, from before it was read, is left out.
+    """
     memory = _memory_file()
     if memory is None or not digests:
         return
     entries = _load()
     now = time.time_ns()
     for path, digest in digests.items():
-        stat = path.stat()
-        if now - max(stat.st_mtime_ns, stat.st_ctime_ns) > _RACY_NS:
+        status = path.stat()
+        identity = identity_of(status)
+        is_same = not identities or identities.get(path, identity) == identity
+        if is_same and now - max(status.st_mtime_ns, status.st_ctime_ns) > _RACY_NS:
             entries.pop(str(path.resolve()), None)  # re-insert at the end: the oldest entries fall out first
-            entries[str(path.resolve())] = (stat_identity(path), digest)
+            entries[str(path.resolve())] = (identity, digest)
     kept = dict(list(entries.items())[-_MOST_ENTRIES:])
     with contextlib.suppress(OSError):
         memory.parent.mkdir(parents=True, exist_ok=True)

@@ -100,8 +100,6 @@ def read_lora(path: Path, component: str | None = None) -> LoraFile:
         NotALoraError: it holds no LoRA factor.
         LoraFileError: it is missing, no safetensors file, or its scale information is broken.
     """
-    if path.is_dir():
-        raise LoraFileError(f"{path}: is a folder; give the LoRA's .safetensors file{_files_in(path)}")
     try:
         source = read_header(path)
     except CheckpointError as error:
@@ -125,11 +123,6 @@ def read_lora(path: Path, component: str | None = None) -> LoraFile:
         )
     modules = tuple(_module(path, key, stems) for key in stems)
     return LoraFile(source, modules, tuple(unread), tuple(duplicates), scale_sources)
-
-
-def _files_in(folder: Path) -> str:
-    names = sorted(p.name for p in folder.glob("*.safetensors"))
-    return f" in it: {', '.join(names[:3])}" if names else ""
 
 
 def _module(path: Path, key: tuple[str, str], stems: Mapping[tuple[str, str], Mapping[str, TensorRef]]) -> LoraModule:

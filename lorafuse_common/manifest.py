@@ -5,6 +5,7 @@ Deterministic: no clocks, hosts or absolute paths, so the same inputs give the s
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import hashlib
 import json
@@ -12,7 +13,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .errors import ManifestError
@@ -20,6 +21,7 @@ from .hashing import sha256_of
 
 MANIFEST_NAME = "lorafuse.json"
 SCHEMA = 2
+_MAX_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,22 @@ class Schedule:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """Where on the hub an input came from."""
+
+    repo: str
+    revision: str
+    """The commit, whatever branch or tag was asked for."""
+    path: str
+    """The file or folder within the repository; empty for all of it."""
+
+    @property
+    def uri(self) -> str:
+        """In the hub's own spelling: `hf://owner/repo@revision/path`."""
+        return f"hf://{self.repo}@{self.revision}{'/' if self.path else ''}{self.path}"
+
+
+@dataclass(frozen=True, slots=True)
 class FusedLora:
     """One LoRA that was fused."""
 
@@ -62,6 +80,12 @@ class FusedLora:
     """How many of them were fused."""
     ignored: Mapping[str, int]
     """Why the others were not: problem kind, or the reason why that is harmless -> count."""
+    origin: Origin | None = None
+    """Where it came from, if from the hub."""
+    alpha: float | None = None
+    """What `--alpha` stated for all its modules."""
+    notes: tuple[str, ...] = ()
+    """What was unusual about it, which may still be meant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +134,8 @@ class Manifest:
     outputs: tuple[FileRecord, ...]
     changes: tuple[TensorChange, ...]
     parent: Parent | None
+    origin: Origin | None = None
+    """Where the base came from, if from the hub."""
 
     @property
     def fused_sha256(self) -> str:
@@ -143,12 +169,23 @@ def read_manifest(folder: Path) -> Manifest | None:
     if not path.is_file():
         return None
     try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise ValueError(f"{path.stat().st_size} bytes are more than any has")
         raw = json.loads(path.read_text(encoding="utf-8"))
         if raw["schema"] != SCHEMA:
             raise ManifestError(f"{path}: schema {raw['schema']}, this lorafuse reads {SCHEMA}: fuse again")
-        return typing.cast(Manifest, _build(Manifest, raw))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        manifest: Manifest = _build(Manifest, raw)
+        _require_inside((*manifest.base, *manifest.outputs))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ManifestError(f"{path}: broken ({type(error).__name__}: {error}): fuse again") from error
+    return manifest
+
+
+def _require_inside(records: Iterable[FileRecord]) -> None:
+    for record in records:
+        path = PurePosixPath(record.path)
+        if path.is_absolute() or ".." in path.parts:
+            raise ValueError(f"{record.path!r} lies outside its folder")
 
 
 def _build(annotation: Any, raw: Any) -> Any:
@@ -156,14 +193,19 @@ def _build(annotation: Any, raw: Any) -> Any:
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
         return None if raw is None else _build(next(a for a in args if a is not type(None)), raw)
-    if origin is tuple:
+    if origin is tuple and isinstance(raw, list):
         return tuple(_build(args[0], item) for item in raw)
+    if origin is collections.abc.Mapping and isinstance(raw, dict):
+        return {key: _build(args[1], value) for key, value in raw.items()}
     if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
         hints = typing.get_type_hints(annotation)
         unknown = set(raw) - set(hints)
         if unknown:
             raise ValueError(f"unknown entries {sorted(unknown)}")
-        return annotation(**{name: _build(hints[name], raw[name]) for name in hints})
+        needed = [f.name for f in dataclasses.fields(annotation) if f.name in raw or f.default is dataclasses.MISSING]
+        return annotation(**{name: _build(hints[name], raw[name]) for name in needed})
+    if type(raw) is not annotation and not (annotation is float and type(raw) is int):
+        raise TypeError(f"expected {annotation}, found {raw!r:.80}")
     return raw
 
 

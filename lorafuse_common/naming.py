@@ -102,7 +102,7 @@ class Family:
     sizes: tuple[Size, ...] = ()
     """The models that were published."""
     lora_targets: tuple[str, ...] = ()
-    """Suffixes of the modules that a new LoRA trains by default."""
+    """Suffixes of the modules that a new LoRA trains by default, `{}` for a block number where one end is ambiguous."""
     optional: Mapping[str, str] = field(default_factory=dict)
     """Parts that some versions of the model lack, so that a LoRA of another version harmlessly misses -> the reason."""
     widenable: Mapping[str, str] = field(default_factory=dict)

@@ -21,6 +21,7 @@ from .errors import LoraFileError
 
 ADAPTER_CONFIG = "adapter_config.json"
 METADATA_KEY = "lora_adapter_metadata"
+_MAX_CONFIG_BYTES = 8 << 20
 _PEFT_TYPES = ("LORA", "LOHA", "LOKR")
 """The kinds of PEFT adapters that an algebra here computes."""
 _STATIC_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "default", "true", "false")
@@ -33,6 +34,10 @@ _HEADER_ALPHAS = (
     ("ss_network_alpha", "ss_network_dim"),
 )
 """Header keys that state one alpha for the whole file, with those that state its rank."""
+
+
+_TENSOR_HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
+"""Header keys that hold a hash of the tensors."""
 
 
 class ScaleConflictError(Exception):
@@ -91,6 +96,12 @@ class ScaleSources:
         return None
 
 
+def lasting_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What of a LoRA's header stays true once its tensors have changed: neither a scale nor a hash of them."""
+    passing = {METADATA_KEY, *_TENSOR_HASHES, *(key for keys in _HEADER_ALPHAS for key in keys)}
+    return {key: value for key, value in metadata.items() if key not in passing}
+
+
 def pattern_key(patterns: Collection[str], module: str) -> str:
     """The first pattern that matches the tail of a module's name, else the name itself.
 
@@ -110,7 +121,7 @@ def read_scale_sources(path: Path, metadata: Mapping[str, str], component: str =
         found.append(_parse(f"{path.name}'s header key {METADATA_KEY}", metadata[METADATA_KEY], path, component))
     beside = path.parent / ADAPTER_CONFIG
     if beside.is_file():
-        found.append(_parse(ADAPTER_CONFIG, beside.read_text(encoding="utf-8", errors="replace"), beside, component))
+        found.append(_parse(ADAPTER_CONFIG, _text_of(beside), beside, component))
     if len(found) == 2 and _facts(found[0]) != _facts(found[1]):
         raise LoraFileError(
             f"{path}: its header's {METADATA_KEY} and the {ADAPTER_CONFIG} beside it disagree "
@@ -144,22 +155,48 @@ def _parse(source: str, text: str, path: Path, component: str) -> AdapterConfig:
         found: dict[str, Any] = json.loads(text)
         prefix = f"{component}." if any(key.startswith(f"{component}.") for key in found) else "transformer."
         raw = {key.removeprefix(prefix): value for key, value in found.items()}
+        unfusable = _unfusable(raw)
+        rank = int(_positive(raw.get("r", 1) if unfusable else raw["r"]))  # some of PEFT's other kinds have none
         return AdapterConfig(
             source=source,
             kind=str(raw.get("peft_type") or "LORA").rpartition(".")[2],
-            rank=int(raw["r"]),
-            alpha=float(raw.get("lora_alpha", raw.get("alpha", raw["r"]))),
+            rank=rank,
+            alpha=_positive(raw.get("lora_alpha", raw.get("alpha", rank))),
             rslora=bool(raw.get("use_rslora", False)),
-            rank_pattern={str(k): int(v) for k, v in (raw.get("rank_pattern") or {}).items()},
-            alpha_pattern={str(k): float(v) for k, v in (raw.get("alpha_pattern") or {}).items()},
+            rank_pattern={_pattern(k): int(_positive(v)) for k, v in (raw.get("rank_pattern") or {}).items()},
+            alpha_pattern={_pattern(k): _positive(v) for k, v in (raw.get("alpha_pattern") or {}).items()},
             saved=tuple(str(name) for name in raw.get("modules_to_save") or ()),
-            unfusable=_unfusable(raw),
+            unfusable=unfusable,
         )
-    except (ValueError, TypeError, KeyError, AttributeError, re.error) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, re.error) as error:
         raise LoraFileError(
             f"{path}: {source} is no LoRA configuration ({type(error).__name__}: {error}); "
             "expected JSON with r and lora_alpha"
         ) from error
+
+
+def _text_of(path: Path) -> str:
+    try:
+        if path.stat().st_size > _MAX_CONFIG_BYTES:
+            raise LoraFileError(f"{path}: {path.stat().st_size} bytes are more than any LoRA configuration has")
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise LoraFileError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _pattern(text: str) -> str:
+    """A regular expression from a file, which must not be one that takes forever on a module's name."""
+    re.compile(text)
+    if len(text) > 1024 or re.search(r"\)\s*[*+{]", text) or len(re.findall(r"[*+{]", text)) > 2:
+        raise ValueError(f"the pattern {text[:120]!r} repeats more than two things")
+    return text
+
+
+def _positive(value: object) -> float:
+    number = float(str(value))
+    if not 0 < number < math.inf or isinstance(value, bool):
+        raise ValueError(f"{value!r} is no positive number")
+    return number
 
 
 def _unfusable(raw: Mapping[str, Any]) -> str | None:

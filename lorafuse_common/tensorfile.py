@@ -7,15 +7,22 @@ because a fuse needs byte offsets, and must not map tens of gigabytes to plan.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
+import os
+import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from .errors import CheckpointError
+from .hashing import identity_of
+from .header import Entry, HeaderError, parse_header, quoted
+from .strangers import SNIFFED_BYTES, identify, refusal_of
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +52,6 @@ _SCALAR_FORMATS = {
     "I8": "<b",
     "U8": "<B",
 }
-_PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +92,8 @@ class TensorFile:
     data_start: int
     size: int
     """Bytes of the whole file."""
+    identity: str
+    """`hashing.identity_of` the file when its header was read."""
 
 
 def read_header(path: Path) -> TensorFile:
@@ -94,72 +102,82 @@ def read_header(path: Path) -> TensorFile:
     Raises:
         CheckpointError: the file is missing, no safetensors file, truncated or inconsistent.
     """
-    if path.suffix.lower() in _PICKLES:
-        raise CheckpointError(
-            f"{path}: pickle files ({path.suffix}) can run code when loaded and are not read. "
-            "Convert the file to .safetensors with the program that wrote it."
-        )
-    if path.suffix.lower() == ".gguf":
-        raise CheckpointError(
-            f"{path}: GGUF files hold packed weights, which cannot be edited. "
-            "Fuse into the bf16 or fp16 checkpoint (.safetensors) and quantise the result."
-        )
+    if refusal := refusal_of(path.suffix):
+        raise CheckpointError(f"{path}: {refusal}")
+    with _reading(path), open_file(path) as file:
+        status = os.fstat(file.fileno())
+        start = file.read(SNIFFED_BYTES)
+        length = _header_length(path, start, status.st_size)
+        raw = start[8 : 8 + length]
+        raw += file.read(length - len(raw))
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            raw = _header_bytes(path, file.read(8), size, file)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    try:
-        header = json.loads(raw, object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a safetensors file: its header is no valid JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: not a safetensors file: its header is no JSON object")
-    metadata = header.pop("__metadata__", None) or {}
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise CheckpointError(f"{path}: the header's __metadata__ must map strings to strings")
-    data_start = 8 + len(raw)
-    refs = [_tensor_ref(path, name, entry, data_start) for name, entry in header.items()]
+        header = parse_header(raw)
+    except HeaderError as error:
+        raise CheckpointError(f"{path}: {identify(start) or error}") from error
+    data_start = 8 + length
+    refs = [_tensor_ref(path, name, entry, data_start) for name, entry in header.entries.items()]
     in_data_order = sorted(refs, key=lambda ref: (ref.start, ref.stop))
-    _check_coverage(path, in_data_order, data_start, size)
-    return TensorFile(path, {ref.name: ref for ref in in_data_order}, metadata, tuple(header), data_start, size)
+    _check_coverage(path, in_data_order, data_start, status.st_size)
+    return TensorFile(
+        path,
+        {ref.name: ref for ref in in_data_order},
+        header.metadata,
+        tuple(header.entries),
+        data_start,
+        status.st_size,
+        identity_of(status),
+    )
 
 
-def _header_bytes(path: Path, prefix: bytes, size: int, file: Any) -> bytes:
-    if len(prefix) < 8:
+def open_file(path: Path) -> IO[bytes]:
+    """Open an ordinary file to read; a pipe is not waited for, and a device not touched.
+
+    Raises:
+        CheckpointError: it is something else.
+        OSError: it is not there, or may not be read.
+    """
+
+    def open_regular(name: str, flags: int) -> int:
+        if stat.S_ISREG(path.stat().st_mode):
+            handle = os.open(name, flags | os.O_NONBLOCK)  # should it have become a pipe just now
+            if stat.S_ISREG(os.fstat(handle).st_mode):
+                return handle
+            os.close(handle)
+        raise CheckpointError(f"{path}: is {_kind_of(path)}")
+
+    return open(path, "rb", opener=open_regular)  # Path.open knows no opener
+
+
+def _kind_of(path: Path) -> str:
+    if path.is_dir():
+        names = ", ".join(sorted(p.name for p in path.glob("*.safetensors"))[:3])
+        return f"a folder; give the .safetensors file{' in it: ' if names else ''}{names}"
+    kind = "a pipe" if path.is_fifo() else "a socket" if path.is_socket() else "a device"
+    return f"{kind}, expected a .safetensors file"
+
+
+def _header_length(path: Path, start: bytes, size: int) -> int:
+    if size < 8:
         raise CheckpointError(f"{path}: not a safetensors file: {size} bytes long, the header needs at least 8")
-    (length,) = struct.unpack("<Q", prefix)
+    (length,) = struct.unpack("<Q", start[:8])
     if length > min(MAX_HEADER_BYTES, size - 8):
-        raise CheckpointError(
-            f"{path}: not a safetensors file, or truncated: its first 8 bytes announce a header of {length} bytes, "
-            f"the file has {size}. A git-lfs pointer or a web page saved by mistake looks like this; download it again."
+        what = identify(start) or (
+            f"not a safetensors file, or truncated: its first 8 bytes announce a header of {length} bytes, "
+            f"the file has {size}. Download it again."
         )
-    raw: bytes = file.read(length)
-    return raw
+        raise CheckpointError(f"{path}: {what}")
+    return int(length)
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice!r} occurs twice")
-    return found
-
-
-def _tensor_ref(path: Path, name: str, entry: Any, data_start: int) -> TensorRef:
-    try:
-        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    except (TypeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path}: tensor {name!r}: needs dtype, shape and data_offsets, has {entry!r}") from error
+def _tensor_ref(path: Path, name: str, entry: Entry, data_start: int) -> TensorRef:
+    dtype, shape, begin, end = entry
     if dtype not in DTYPE_BITS:
-        raise CheckpointError(f"{path}: tensor {name!r}: unknown dtype {dtype!r}")
-    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
-        raise CheckpointError(f"{path}: tensor {name!r}: shape and offsets must be whole numbers, has {entry!r}")
+        raise CheckpointError(f"{path}: tensor {quoted(name)}: unknown dtype {quoted(dtype)}")
+    if math.prod(size for size in shape if size) * DTYPE_BITS[dtype] >= 1 << 63:
+        raise CheckpointError(f"{path}: tensor {quoted(name)}: shape {list(shape)} is beyond what can be counted")
     if (end - begin) * 8 != math.prod(shape) * DTYPE_BITS[dtype]:
         raise CheckpointError(
-            f"{path}: tensor {name!r}: {end - begin} bytes do not hold shape {list(shape)} of {dtype}"
+            f"{path}: tensor {quoted(name)}: {end - begin} bytes do not hold shape {list(shape)} of {dtype}"
         )
     return TensorRef(path, name, dtype, shape, data_start + begin, data_start + end)
 
@@ -169,7 +187,7 @@ def _check_coverage(path: Path, refs: list[TensorRef], data_start: int, size: in
     for ref in refs:
         if ref.start != at:
             raise CheckpointError(
-                f"{path}: tensor {ref.name!r} starts at byte {ref.start}, expected {at}: "
+                f"{path}: tensor {quoted(ref.name)} starts at byte {ref.start}, expected {at}: "
                 "its tensors overlap or leave holes"
             )
         at = ref.stop
@@ -182,11 +200,11 @@ def _check_coverage(path: Path, refs: list[TensorRef], data_start: int, size: in
 
 def read_bytes(ref: TensorRef) -> bytes:
     """The raw little-endian bytes of one tensor."""
-    with ref.file.open("rb") as file:
+    with _reading(ref.file), ref.file.open("rb") as file:
         file.seek(ref.start)
         raw = file.read(ref.nbytes)
     if len(raw) != ref.nbytes:
-        raise CheckpointError(f"{ref.file}: ended inside tensor {ref.name!r}; did the file change while it was read?")
+        raise CheckpointError(f"{ref.file}: ended early; did it change while it was read?")
     return raw
 
 
@@ -194,17 +212,34 @@ def read_rows(ref: TensorRef, start: int, stop: int) -> bytearray:
     """The raw bytes of rows `start` to `stop` of one tensor."""
     row = ref.nbytes // ref.shape[0] if ref.shape else ref.nbytes
     raw = bytearray((stop - start) * row)
-    with ref.file.open("rb", buffering=0) as file:
+    with _reading(ref.file), ref.file.open("rb", buffering=0) as file:
         file.seek(ref.start + start * row)
-        at, view = 0, memoryview(raw)
-        while at < len(raw):
-            got = file.readinto(view[at:])
-            if not got:
-                raise CheckpointError(
-                    f"{ref.file}: ended inside tensor {ref.name!r}; did the file change while it was read?"
-                )
-            at += got
+        fill(memoryview(raw), file, ref.file)
     return raw
+
+
+def fill(room: memoryview, file: io.FileIO, path: Path) -> None:
+    """Fill `room` with the next bytes of a file.
+
+    Raises:
+        CheckpointError: it ends early, or cannot be read.
+    """
+    at = 0
+    while at < len(room):
+        with _reading(path):
+            got = file.readinto(room[at:])
+        if not got:
+            raise CheckpointError(f"{path}: ended early; did it change while it was read?")
+        at += got
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Faults of the disk, which do not name the file themselves."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def read_scalar(ref: TensorRef) -> float:

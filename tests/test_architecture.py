@@ -15,7 +15,15 @@ MAY_IMPORT = {
     "lorafuse_common/families": {"lorafuse_common"},
     "lorafuse_common/dialects": {"lorafuse_common"},
     "lorafuse_common/algebras": {"lorafuse_common", "torch"},
-    "tools/fuse/lorafuse_fuse": {"lorafuse_common", "lorafuse_fuse", "torch", "safetensors", "typer", "tqdm"},
+    "tools/fuse/lorafuse_fuse": {
+        "lorafuse_common",
+        "lorafuse_fuse",
+        "torch",
+        "safetensors",
+        "typer",
+        "tqdm",
+        "huggingface_hub",
+    },
 }
 """Folder -> what its files may import besides the standard library."""
 
@@ -44,7 +52,10 @@ def test_the_tools_do_not_know_each_other() -> None:
 @pytest.mark.parametrize(
     ("command", "heavy"),
     [
-        ("import lorafuse_fuse.cli, lorafuse_fuse.fuse, lorafuse_fuse.report", {"torch", "numpy"}),
+        (
+            "import lorafuse_fuse.cli, lorafuse_fuse.fuse, lorafuse_fuse.report, lorafuse_fuse.hub.base",
+            {"torch", "numpy", "huggingface_hub"},
+        ),
         ("import lorafuse_train.cli", {"torch", "diffusers", "peft", "accelerate", "transformers"}),
     ],
 )

@@ -19,7 +19,7 @@ from lorafuse_common.dialects.diffsynth import DIFFSYNTH
 from lorafuse_common.dialects.lightning import LIGHTNING
 from lorafuse_common.errors import ConfigError
 from lorafuse_common.manifest import read_manifest, verify_manifest
-from lorafuse_fuse import carry, cli, edit, execute, stream
+from lorafuse_fuse import asking, carry, edit, execute, stream
 from lorafuse_fuse.plan import LoraRequest
 
 Run = Callable[..., tuple[int, str, str]]
@@ -355,12 +355,12 @@ def test_schedules(run: Run, tmp_path: Path) -> None:
 
 def test_strengths(tmp_path: Path) -> None:
     (tmp_path / "odd:2").write_text("")
-    assert cli.parse_lora("a b/x.safetensors:-0.5") == LoraRequest(Path("a b/x.safetensors"), -0.5)
-    assert cli.parse_lora("a/x.safetensors") == LoraRequest(Path("a/x.safetensors"), 1.0)
-    assert cli.parse_lora(str(tmp_path / "odd:2")) == LoraRequest(tmp_path / "odd:2", 1.0)
+    assert asking.parse_lora("a b/x.safetensors:-0.5") == LoraRequest(Path("a b/x.safetensors"), -0.5)
+    assert asking.parse_lora("a/x.safetensors") == LoraRequest(Path("a/x.safetensors"), 1.0)
+    assert asking.parse_lora(str(tmp_path / "odd:2")) == LoraRequest(tmp_path / "odd:2", 1.0)
     for wrong in ("x.safetensors:strong", "x.safetensors:nan", "x.safetensors:1e9"):
         with pytest.raises(ConfigError, match="strength"):
-            cli.parse_lora(wrong)
+            asking.parse_lora(wrong)
 
 
 @pytest.mark.parametrize("flag", ["--lora", "--lora_fused", "--lora-fused"])

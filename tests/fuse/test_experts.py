@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from lorafuse_common.dialects.comfy import COMFY
 from lorafuse_common.dialects.diffusers import DIFFUSERS
 from lorafuse_common.manifest import read_manifest
-from lorafuse_fuse.cli import parse_lora, with_alphas
+from lorafuse_fuse.asking import parse_lora, with_alphas
 from lorafuse_fuse.plan import LoraRequest
 
 Run = Callable[..., tuple[int, str, str]]

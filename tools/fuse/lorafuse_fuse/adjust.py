@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lorafuse_common.checkpoint import read_json
-from lorafuse_common.tensorfile import DTYPE_BITS
 
 from .plan import ComponentPlan
 
@@ -26,7 +24,7 @@ def adjusted_files(components: Sequence[ComponentPlan]) -> dict[Path, str]:
         if component.stored and base.index and (index := read_json(base.index)):
             total = index.get("metadata", {}).get("total_size")
             if total is not None:
-                index["metadata"]["total_size"] = total + _added_bytes(component)
+                index["metadata"]["total_size"] = total + component.added_bytes
             found[base.index.relative_to(base.root)] = _dump(index)
     return found
 
@@ -40,13 +38,6 @@ def _widened_config(component: ComponentPlan, config: dict[str, Any]) -> dict[st
             config["out_channels"] = config.get(key)  # diffusers takes a missing one to be as many as go in
         config[key] = columns
     return config
-
-
-def _added_bytes(component: ComponentPlan) -> int:
-    return sum(
-        math.prod(stored.shape) * DTYPE_BITS[stored.dtype] // 8 - component.base.tensors[name].nbytes
-        for name, stored in component.stored.items()
-    )
 
 
 def _dump(value: dict[str, Any]) -> str:

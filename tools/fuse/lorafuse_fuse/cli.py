@@ -3,23 +3,59 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import shlex
-import signal
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lorafuse_common import __version__
-from lorafuse_common.errors import ConfigError, LorafuseError
+from lorafuse_common.errors import LorafuseError
 
+from .asking import parse_lora, with_alphas
 from .carry import Components
+from .convert import Losable
 from .fit import ProblemKind
+from .options import (
+    STORED_AS,
+    AllowOption,
+    AlphaOption,
+    BaseArgument,
+    ComponentOption,
+    ComponentsOption,
+    Device,
+    DeviceOption,
+    DryRunOption,
+    Dtype,
+    DtypeOption,
+    FamilyOption,
+    FileOption,
+    ForceOption,
+    ForOption,
+    JsonOption,
+    LoraArgument,
+    LoraOption,
+    LoseOption,
+    OutOption,
+    PlainFp8Option,
+    ReplaceOption,
+    ReportOption,
+    Rounding,
+    RoundingOption,
+    ScheduleOption,
+    SeedOption,
+    ToOption,
+    WidenOption,
+    WorkersOption,
+)
 from .plan import FusePlan, LoraRequest, blocking, open_bases, plan_fuse
+from .stopping import Stopped, stopped_by_signals
+from .terminal import printable
+
+if TYPE_CHECKING:
+    from .verify import GivenLora
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,57 +63,6 @@ app = typer.Typer(
     add_completion=False,
     help="Fuse LoRAs into a diffusion-transformer checkpoint, once and on disk, to train new LoRAs on it.",
 )
-BaseArgument = Annotated[Path, typer.Argument(help="A .safetensors file, a model folder or a whole pipeline folder.")]
-LoraOption = Annotated[
-    list[str],
-    typer.Option(
-        "--lora", "--lora_fused", "--lora-fused", metavar="FILE[:STRENGTH][@COMPONENT]", show_default=False,
-        help="A LoRA to fuse, strength 1 where none is given; repeat it for several. The format is detected. "
-        "@transformer_2 fuses it into that transformer of the pipeline (Wan 2.2 has two).",
-    ),
-]  # fmt: skip
-OutOption = Annotated[Path, typer.Option(metavar="DIR", help="The folder to write; it appears complete or not at all.")]
-ComponentOption = Annotated[
-    str | None,
-    typer.Option(help="Which transformer of a pipeline, such as transformer_2. Default: transformer."),
-]
-ComponentsOption = Annotated[
-    Components,
-    typer.Option(help="Large files of the pipeline's other components: link (reflink, else symlink) or copy."),
-]
-AllowOption = Annotated[
-    list[ProblemKind] | None,
-    typer.Option(metavar="KIND", help=f"Let one kind of problem pass: {', '.join(ProblemKind)}. Repeatable."),
-]
-ScheduleOption = Annotated[
-    str,
-    typer.Option(help='The few-step schedule to record: "1,0.9,0.75,0.5" (noise levels), auto (from the LoRAs), none.'),
-]
-AlphaOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--alpha", metavar="FILE=ALPHA", help="The alpha of all modules of a LoRA, whatever its file says. Repeatable."
-    ),
-]
-WidenOption = Annotated[
-    bool,
-    typer.Option(
-        "--widen-inputs",
-        help="Let a LoRA with more input channels (FLUX.1 control) widen the base; config.json is updated.",
-    ),
-]
-PlainFp8Option = Annotated[
-    bool,
-    typer.Option(
-        "--plain-fp8",
-        help="Edit fp8 weights that have no scale. They keep 3 bits of each number: most of a LoRA is rounded away.",
-    ),
-]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Plan only, from headers; write nothing.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-ForceOption = Annotated[
-    bool, typer.Option("--force", help="Replace --out where it is another fused checkpoint, or a damaged one.")
-]
 
 
 @app.callback(invoke_without_command=True)
@@ -102,56 +87,99 @@ def fuse_command(
     alpha: AlphaOption = None,
     widen_inputs: WidenOption = False,
     plain_fp8: PlainFp8Option = False,
+    dtype: DtypeOption = Dtype.KEEP,
+    rounding: RoundingOption = Rounding.NEAREST,
+    seed: SeedOption = 0,
+    workers: WorkersOption = None,
+    device: DeviceOption = Device.CPU,
     dry_run: DryRunOption = False,
+    report: ReportOption = None,
     as_json: JsonOption = False,
     force: ForceOption = False,
 ) -> None:
     """Write a new checkpoint: BASE with the LoRAs added. BASE and the LoRAs are only read."""
-    from .fuse import FuseOptions, check_out, fuse, require_clean
+    from .fuse import FuseOptions, check_out, folder_identity, fuse, require_clean, require_widening
+    from .hub.base import Found, locate_base
+    from .hub.names import HubLora
+    from .hub.repository import fetch_lora, locate_lora
     from .record import resolve_schedule
     from .report import describe_plan, plan_json
 
     allowed = tuple(allow or ())
     facts: dict[str, Any] = {}
+    before = folder_identity(out)
     try:
-        requests = with_alphas([parse_lora(text) for text in lora], alpha or [])
-        plan = plan_fuse(open_bases(base, component, requests), requests, plain_fp8=plain_fp8)
-        facts = plan_json(plan)
-        _say(describe_plan(plan))
-        check_out(plan, out)
-        require_clean(plan, allowed)
-        steps = resolve_schedule(schedule, plan.loras, plan.base)
-        options = FuseOptions(out, allowed, steps, components, force, widen_inputs)
-        _say_allowed(plan, allowed)
+        asked = [locate_lora(text, _say) or parse_lora(text) for text in lora]
+        requests = [fetch_lora(found, _say) if isinstance(found, HubLora) else found for found in asked]
+        requests = with_alphas(requests, alpha or [])
+        source = locate_base(base, {request.component or component for request in requests}, _say)
+
+        def plan_for(found: Found) -> FusePlan:
+            return plan_fuse(
+                found.mark(open_bases(found.path, component, requests)),
+                requests,
+                plain_fp8=plain_fp8,
+                dtype=STORED_AS[dtype],
+                seed=seed if rounding is Rounding.STOCHASTIC else None,
+            )
+
+        with source.headers() as found:
+            plan = plan_for(found)
+            facts = plan_json(plan)
+            _say(describe_plan(plan))
+            check_out(plan, out)
+            if report:
+                from .html_report import check_report
+
+                check_report(report, (out, found.path, *(request.path for request in requests)), force=force)
+            require_clean(plan, allowed)
+            steps = resolve_schedule(schedule, plan.loras, plan.base)
+            options = FuseOptions(out, allowed, steps, components, force, widen_inputs, workers, device)
+            _say_allowed(plan, allowed)
         if dry_run:
             needs = any(component.widened for component in plan.components) and not widen_inputs
             _say(f"dry run: clean{', but writing it needs --widen-inputs' if needs else ''}; nothing was written")
         else:
-            facts |= _announce(fuse(plan, options), out)
+            if not source.is_here:
+                if not widen_inputs:
+                    require_widening(plan)
+                plan = plan_for(source.fetch())
+                check_out(plan, out)
+            facts |= _announce(fuse(plan, options), out, report)
     except LorafuseError as error:
         facts["error"] = str(error)
         raise
-    except KeyboardInterrupt:
-        _say("interrupted: nothing was written")
-        raise typer.Exit(130) from None
+    except Stopped as stop:
+        kept = folder_identity(out) == before
+        stop.message += ": nothing was written" if kept else f", but {out} was complete already"
+        facts["error"] = stop.message
+        raise
     finally:
         if as_json:
             typer.echo(json.dumps(facts))
 
 
-def _announce(result: Any, out: Path) -> dict[str, Any]:
+def _announce(result: Any, out: Path, report: Path | None) -> dict[str, Any]:
     from dataclasses import asdict
 
+    from .findings import advice, edited_tensors, open_fused
     from .report import describe_result
+
+    edited = edited_tensors(result.manifest, open_fused(out, result.manifest))
 
     if result.up_to_date:
         _say(f"{out} is up to date: same base, LoRAs and strengths")
     else:
-        _say(describe_result(result.manifest, result.seconds))
+        _say(describe_result(result.manifest, result.seconds, advice(result.manifest, edited)))
         folder = shlex.quote(str(out))
         _say(
             f"wrote {out}; next: lorafuse-train train --fused_model {folder} --dataset_base_path DIR --output_path DIR"
         )
+    if report:
+        from .html_report import write_report
+
+        write_report(out, result.manifest, report)
+        _say(f"report {report}")
     return {
         "seconds": round(result.seconds, 3),
         "up_to_date": result.up_to_date,
@@ -161,64 +189,116 @@ def _announce(result: Any, out: Path) -> dict[str, Any]:
 
 @app.command("inspect")
 def inspect_command(
-    path: Annotated[Path, typer.Argument(help="A LoRA, a checkpoint or a fused checkpoint.")],
+    path: Annotated[str, typer.Argument(help="A LoRA, a checkpoint or a fused checkpoint; or a LoRA on the hub.")],
     component: ComponentOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say what PATH is: family, layout and dtype; a LoRA's dialect, ranks and scales; a fused checkpoint's recipe."""
+    from .hub.repository import fetch_lora, locate_lora
     from .inspection import describe_facts, inspect_path
 
-    facts = inspect_path(path, component)
-    typer.echo(json.dumps(facts) if as_json else describe_facts(facts))
+    asked = locate_lora(path, _say)
+    found = fetch_lora(asked, _say) if asked else LoraRequest(Path(path))
+    facts = inspect_path(found.path, component)
+    if found.origin:
+        facts["origin"] = found.origin.uri
+    typer.echo(json.dumps(facts) if as_json else printable(describe_facts(facts)))
 
 
-def parse_lora(text: str) -> LoraRequest:
-    """`FILE[:STRENGTH][@COMPONENT]`; what belongs to the name of a file that exists is never taken off it.
+@app.command("convert")
+def convert_command(
+    lora: LoraArgument,
+    to: ToOption,
+    out: FileOption,
+    base: ForOption = None,
+    family: FamilyOption = None,
+    component: ComponentOption = None,
+    allow: LoseOption = None,
+    as_json: JsonOption = False,
+    force: ReplaceOption = False,
+) -> None:
+    """Write a LoRA in another dialect: names, layout and scale change, what it adds to the weights does not."""
+    from .convert import convert, describe_conversion
 
-    Raises:
-        ConfigError: what follows the colon is no strength.
-    """
-    name, component = text, None
-    if not Path(text).exists() and (found := re.fullmatch(r"(.+)@([A-Za-z]\w*)(:[^/]*)?", text)):
-        name, component = found[1] + (found[3] or ""), found[2]
-    path, colon, tail = name.rpartition(":")
-    if not colon or not path or Path(name).exists():
-        return LoraRequest(Path(name), component=component)
+    leaves_others = Losable.OTHER_COMPONENT in (allow or [])
+    facts: dict[str, Any] = {}
     try:
-        strength = float(tail)
-    except ValueError:
-        if tail and "/" not in tail and not tail.endswith(".safetensors"):
-            raise ConfigError(f"--lora {text}: {tail!r} is no strength; expected FILE[:STRENGTH][@COMPONENT]") from None
-        return LoraRequest(Path(name), component=component)
-    if not -1e3 < strength < 1e3:
-        raise ConfigError(f"--lora {text}: strength {tail} is out of range; strengths are about 1")
-    return LoraRequest(Path(path), strength, component)
+        facts = convert(
+            lora, to, out, base=base, family=family, component=component, leaves_others=leaves_others, force=force
+        )
+        _say(describe_conversion(facts))
+    except LorafuseError as error:
+        facts["error"] = str(error)
+        raise
+    finally:
+        if as_json:
+            typer.echo(json.dumps(facts))
 
 
-def with_alphas(requests: list[LoraRequest], texts: list[str]) -> list[LoraRequest]:
-    """The requests with the alphas that `FILE=ALPHA` states, by path or by file name.
+@app.command("verify")
+def verify_command(
+    fused: Annotated[Path, typer.Argument(help="A fused checkpoint: the folder with its lorafuse.json.")],
+    base: Annotated[str | None, typer.Option(metavar="BASE", help="What it was fused into, to hash that too.")] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE[:STRENGTH][@COMPONENT]", help="A LoRA that is in it, to hash that too. Repeatable."),
+    ] = None,
+    deep: Annotated[
+        bool,
+        typer.Option("--deep", help="Add base and LoRAs up again in float64 and compare every tensor; needs both."),
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Say whether FUSED is what its lorafuse.json records, down to the last bit; exit status 0 where it is."""
+    from .hub.base import locate_base
+    from .verify import describe_verification, recorded, verification_json, verify
 
-    Raises:
-        ConfigError: one is malformed, or names no LoRA of this command.
-    """
-    stated: dict[str, float] = {}
-    for text in texts:
-        name, _, value = text.rpartition("=")
-        try:
-            stated[name] = float(value)
-        except ValueError:
-            stated[name] = 0.0
-        known = [request for request in requests if name in (str(request.path), request.path.name)]
-        if not known or not 0 < stated[name] < math.inf:
-            names = ", ".join(request.path.name for request in requests)
-            raise ConfigError(f"--alpha {text}: expected FILE=ALPHA with one of {names} and a positive number")
-    return [
-        replace(request, alpha=stated.get(str(request.path), stated.get(request.path.name))) for request in requests
-    ]
+    facts: dict[str, Any] = {}
+    try:
+        folder, manifest = recorded(fused)
+        source = locate_base(base, {its.component for its in manifest.loras}, _say) if base else None
+        given = [_given(text) for text in lora or []]
+        found = verify(folder, manifest, source.fetch().path if source else None, given, deep=deep)
+        facts = verification_json(found)
+        _say(describe_verification(found))
+    except LorafuseError as error:
+        facts["error"] = str(error)
+        raise
+    finally:
+        if as_json:
+            typer.echo(json.dumps(facts))
+    raise typer.Exit(1 if found.faults else 0)
+
+
+@app.command("report")
+def report_command(
+    fused: Annotated[Path, typer.Argument(help="A fused checkpoint: the folder with its lorafuse.json.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The page (HTML) to write.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace --out where it is something else.")] = False,
+) -> None:
+    """Write a page about FUSED: its recipe, what of the LoRAs arrived, and what to do where too little did."""
+    from .html_report import check_report, write_report
+    from .verify import recorded
+
+    folder, manifest = recorded(fused)
+    check_report(out, (folder,), force=force)
+    write_report(folder, manifest, out)
+    _say(f"wrote {out}")
+
+
+def _given(text: str) -> GivenLora:
+    """A LoRA to verify, with its strength only where that is stated."""
+    from .hub.repository import fetch_lora, locate_lora
+    from .verify import GivenLora
+
+    asked = locate_lora(text, _say)
+    request = fetch_lora(asked, _say) if asked else parse_lora(text)
+    is_stated = not Path(text).exists() and re.search(r":[-+.\deE]+(@[A-Za-z]\w*)?$", text)
+    return GivenLora(request.path, request.strength if is_stated else None, request.component)
 
 
 def _say(text: str) -> None:
-    typer.echo(text, err=True)
+    typer.echo(printable(text), err=True)
 
 
 def _say_allowed(plan: FusePlan, allowed: tuple[ProblemKind, ...]) -> None:
@@ -230,9 +310,12 @@ def _say_allowed(plan: FusePlan, allowed: tuple[ProblemKind, ...]) -> None:
 
 def main() -> None:
     """Run the command line; a fault in the input is one message and status 1, a bug keeps its traceback."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that staging is removed
     try:
-        app()
+        with stopped_by_signals():
+            app()
+    except Stopped as stop:
+        _say(stop.message)
+        raise
     except LorafuseError as error:
         _say(f"error: {error}")
         sys.exit(1)

@@ -15,6 +15,7 @@ import torch
 from lorafuse_common.errors import ConfigError
 from lorafuse_common.lora import is_zero_product
 from lorafuse_common.manifest import TensorChange
+from lorafuse_common.signals import held_signals
 from lorafuse_common.tensorfile import DTYPE_BITS, TensorFile, TensorRef, encode_header, read_tensor
 
 from .codec import scale_bytes
@@ -77,7 +78,15 @@ def write_fused(
     size = len(header)
     editors: dict[str, Future[Editor]] = {}
     allocate = bytearray if device == "cpu" else _pinned
-    with Stream(source.path, out, progress, workers, allocate, hash_source=known_sha256 is None) as stream:
+
+    def heeding(count: int) -> None:
+        held.heed()
+        progress(count)
+
+    with (
+        held_signals() as held,
+        Stream(source.path, out, heeding, workers, allocate, hash_source=known_sha256 is None) as stream,
+    ):
         stream.replace(source.data_start, header)
         for ref in source.tensors.values():
             size += _pass(stream, plan, ref, editors, torch.device(device))

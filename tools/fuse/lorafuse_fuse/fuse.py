@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lorafuse_common import __version__
 from lorafuse_common.checkpoint import Form, side_files
-from lorafuse_common.errors import CheckpointError, ManifestError, OutputError, PlanError
+from lorafuse_common.errors import LorafuseError, ManifestError, OutputError, PlanError
 from lorafuse_common.hashing import remember, remembered, sha256_of, stat_identity
 from lorafuse_common.manifest import (
     MANIFEST_NAME,
@@ -21,16 +22,18 @@ from lorafuse_common.manifest import (
     read_manifest,
     verify_manifest,
 )
-from lorafuse_common.publish import publish
+from lorafuse_common.publish import publish, real_path, recover
+from lorafuse_common.tensorfile import read_header
 
 from .adjust import adjusted_files
 from .blocks import default_workers
-from .carry import Components, carry
+from .carry import SMALL_BYTES, Components, carry
 from .fit import ProblemKind
 from .plan import FusePlan, blocking, without_damaged
 from .progress import ByteProgress, size_text
 from .record import header_recipe, input_paths, is_up_to_date, record_files, record_lora, record_parent
 from .report import describe_problems
+from .watch import require_unchanged, watch_inputs
 
 HEADER_KEY = "lorafuse"
 
@@ -47,6 +50,8 @@ class FuseOptions:
     widen_inputs: bool = False
     workers: int | None = None
     """Threads that edit; None for as many as there are cores, up to a limit. The result is the same."""
+    device: str = "cpu"
+    """Where to do the arithmetic: `cpu` or `cuda`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +74,7 @@ def require_widening(plan: FusePlan) -> None:
     names = [f"{name} to {list(shape)}" for component in plan.components for name, shape in component.widened.items()]
     if names:
         raise PlanError(
-            f"nothing was written: a LoRA brings more input channels than {plan.base.root} has, and would widen "
+            f"nothing was written: a LoRA brings more input channels than {plan.base.label} has, and would widen "
             f"{', '.join(names)}; the fused model then takes that many channels. Add --widen-inputs to do so."
         )
 
@@ -84,7 +89,9 @@ def check_out(plan: FusePlan, out: Path) -> None:
         raise OutputError(
             f"--out {out}: is a file name; --out names a folder, in which the fused file keeps the base's name"
         )
-    final, base = out.resolve(), plan.base.root.resolve()
+    final, base = real_path(out), plan.base.root.resolve()
+    if final.is_mount():
+        raise OutputError(f"--out {out}: is where a disk is mounted, and cannot be replaced; name a folder in it")
     if final == base or (base.is_dir() and base in final.parents):
         raise OutputError(f"--out {out}: is or lies inside the base {plan.base.root}; the base is never changed")
     for path in (base, *(lora.request.path.resolve() for lora in plan.loras)):
@@ -103,32 +110,63 @@ def fuse(plan: FusePlan, options: FuseOptions) -> FuseResult:
     started = time.monotonic()
     if not options.widen_inputs:
         require_widening(plan)
-    if options.out.exists() or options.out.is_symlink():
-        existing = _existing(plan, options)
-        if existing:
-            return FuseResult(existing, time.monotonic() - started, up_to_date=True)
+    watched = watch_inputs(plan)
+    recover(options.out)
+    seen = folder_identity(options.out)
+    if seen and (existing := _existing(plan, options)):
+        return FuseResult(existing, time.monotonic() - started, up_to_date=True)
     _check_space(plan, options)
+    from .execute import check_device
+
+    check_device(options.device)
+    with _named_faults(options.out), publish(options.out, replace=True) as staging:
+        if folder_identity(options.out) != seen:  # nobody else can have the lock now
+            raise OutputError(f"{options.out}: was changed by another run meanwhile; run again to see what it is now")
+        try:
+            manifest = _write(_checked(plan, options), options, staging)
+        except Exception:
+            require_unchanged(watched)  # the better reason: what went wrong may well come of it
+            raise
+        require_unchanged(watched)
+        (staging / MANIFEST_NAME).write_text(dump_manifest(manifest), encoding="utf-8")
+    remember({plan.base.folder / record.path: record.sha256 for record in manifest.base}, watched)
+    remember({options.out / record.path: record.sha256 for record in manifest.outputs})
+    return FuseResult(manifest, time.monotonic() - started, up_to_date=False)
+
+
+@contextlib.contextmanager
+def _named_faults(out: Path) -> Iterator[None]:
+    """One line for whatever stops the writing; what is no user's error keeps its traceback as its cause."""
+    try:
+        yield
+    except LorafuseError:
+        raise
+    except MemoryError as error:
+        raise OutputError(f"{out}: nothing was written: there is not enough memory") from error
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise OutputError(f"{out}: nothing was written: {error.strerror or error}{where}") from error
+    except Exception as error:
+        fault = " ".join(f"{type(error).__name__}: {error}".split())
+        raise OutputError(f"{out}: nothing was written, for a fault in lorafuse itself: {fault[:500]}") from error
+
+
+def folder_identity(out: Path) -> str | None:
+    """What tells one output from the one that replaces it; None where there is none."""
+    try:
+        return stat_identity(out)
+    except OSError:
+        return None
+
+
+def _checked(plan: FusePlan, options: FuseOptions) -> FusePlan:
+    """The plan less the damaged factors that the user lets pass; reads all of them."""
     from .execute import check_factors
 
-    before = _identities(plan)
     problems = check_factors(plan)
     if stopping := blocking(problems, options.allowed):
         raise PlanError(describe_problems(plan, stopping))
-    plan = without_damaged(plan, problems)
-    try:
-        with publish(options.out, replace=options.out.exists()) as staging:
-            manifest = _write(plan, options, staging)
-            changed = [str(path) for path, identity in _identities(plan).items() if identity != before[path]]
-            if changed:
-                raise CheckpointError(
-                    f"{', '.join(changed)}: changed while being read; nothing was written. Fuse again."
-                )
-            (staging / MANIFEST_NAME).write_text(dump_manifest(manifest), encoding="utf-8")
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        raise OutputError(f"{options.out}: nothing was written: {error.strerror or error}{where}") from error
-    remember({options.out / record.path: record.sha256 for record in manifest.outputs})
-    return FuseResult(manifest, time.monotonic() - started, up_to_date=False)
+    return without_damaged(plan, problems)
 
 
 def _existing(plan: FusePlan, options: FuseOptions) -> Manifest | None:
@@ -162,19 +200,12 @@ def _existing(plan: FusePlan, options: FuseOptions) -> Manifest | None:
 def _check_space(plan: FusePlan, options: FuseOptions) -> None:
     from .execute import free_bytes
 
-    needed, free = plan.nbytes, free_bytes(options.out.absolute().parent)
-    if options.components is Components.COPY:
-        needed += sum((plan.base.root / path).stat().st_size for path in side_files(plan.bases))
+    needed, free = plan.output_nbytes, free_bytes(real_path(options.out).parent)
+    for path in side_files(plan.bases):
+        size = (plan.base.root / path).stat().st_size
+        needed += size if options.components is Components.COPY or size <= SMALL_BYTES else 0
     if needed > free:
         raise OutputError(f"{options.out}: needs {size_text(needed)}, its disk has {size_text(free)} free")
-
-
-def _identities(plan: FusePlan) -> dict[Path, str]:
-    paths = [file.path for base in plan.bases for file in base.files] + [lora.request.path for lora in plan.loras]
-    try:
-        return {path: stat_identity(path) for path in paths}
-    except OSError as error:
-        raise CheckpointError(f"{error.filename}: vanished while being read; nothing was written") from error
 
 
 def _write(plan: FusePlan, options: FuseOptions, staging: Path) -> Manifest:
@@ -199,11 +230,12 @@ def _write(plan: FusePlan, options: FuseOptions, staging: Path) -> Manifest:
                 progress,
                 workers=options.workers or default_workers(),
                 known_sha256=remembered(file.path),
+                device=options.device,
             )
+            read_header(staging / path)  # raises where what was written does not fit its header
             sources[path] = done.source_sha256
             outputs[path] = FileRecord(path.as_posix(), done.output_sha256, done.output_size)
             written.append(done)
-    remember({base.folder / path: digest for path, digest in sources.items()})
     outputs.update(_carry_over(plan, options, staging))
     return Manifest(
         schema=SCHEMA,
@@ -220,6 +252,7 @@ def _write(plan: FusePlan, options: FuseOptions, staging: Path) -> Manifest:
         outputs=tuple(outputs[path] for path in sorted(outputs, key=str)),
         changes=tuple(change for done in written for change in done.changes),
         parent=record_parent(base, sources),
+        origin=base.origin,
     )
 
 

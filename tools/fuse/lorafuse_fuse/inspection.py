@@ -13,7 +13,7 @@ from lorafuse_common.algebras import UNSUPPORTED, algebra_of
 from lorafuse_common.checkpoint import Checkpoint, open_checkpoint
 from lorafuse_common.errors import NotALoraError
 from lorafuse_common.lora import LoraFile, LoraModule, component_of, guess_dialect, guess_families, read_lora
-from lorafuse_common.manifest import read_manifest
+from lorafuse_common.manifest import Origin, read_manifest
 from lorafuse_common.quantised import packed_format
 from lorafuse_common.scale import ScaleConflictError, resolve_scale
 from lorafuse_common.tensorfile import TensorRef
@@ -34,6 +34,7 @@ def inspect_path(path: Path, component: str | None = None) -> dict[str, Any]:
         raw = asdict(manifest)
         facts |= {"kind": "fused checkpoint", "fused_sha256": manifest.fused_sha256}
         facts |= {name: raw[name] for name in ("loras", "schedule", "allowed", "parent")}
+        facts["origin"] = manifest.origin.uri if manifest.origin else None
     return facts
 
 
@@ -113,13 +114,18 @@ def describe_facts(facts: Mapping[str, Any]) -> str:
         if name == "loras":
             lines += [
                 f"{'lora':16} {lora['name']}: {lora['dialect']}, strength {lora['strength']:g}, scale {lora['scale']}, "
-                f"{lora['applied']} of {lora['modules']} modules"
+                f"{lora['applied']} of {lora['modules']} modules{_came_from(lora)}"
                 for lora in value
             ]
         elif value not in (None, "", {}, [], ()):
             text = ", ".join(f"{k} ({v})" for k, v in value.items()) if isinstance(value, Mapping) else _text(value)
             lines.append(f"{name.replace('_', ' '):16} {text if len(text) <= 400 else text[:400] + ' ...'}")
     return "\n".join(lines)
+
+
+def _came_from(lora: Mapping[str, Any]) -> str:
+    origin = lora.get("origin")
+    return f", from {Origin(**origin).uri}" if origin else ""
 
 
 def _text(value: object) -> str:

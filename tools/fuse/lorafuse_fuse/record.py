@@ -55,6 +55,9 @@ def record_lora(plan: LoraPlan) -> FusedLora:
         modules=plan.modules,
         applied=plan.applied,
         ignored={**plan.ignored, **plan.harmless},
+        origin=plan.request.origin,
+        alpha=plan.request.alpha,
+        notes=plan.notes,
     )
 
 
@@ -113,7 +116,7 @@ def _stated_schedule(lora: LoraPlan) -> Schedule:
     try:
         stated = json.loads(lora.metadata[SCHEDULE_KEY])
         return _schedule(stated["sigmas"], float(stated.get("guidance_scale", 1.0)), name)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise ConfigError(
             f"{name}: its header's {SCHEDULE_KEY} is no schedule ({error}); say it with --schedule, or --schedule none"
         ) from error

@@ -8,6 +8,7 @@ from typing import Any
 from lorafuse_common.checkpoint import Checkpoint, foreign_weights
 from lorafuse_common.manifest import Manifest
 
+from .findings import WEAK_GAIN, Advice, Findings, findings_of
 from .fit import ProblemKind
 from .plan import FusePlan, LoraPlan, Problem
 from .progress import size_text
@@ -37,7 +38,7 @@ def describe_problems(plan: FusePlan, problems: Sequence[Problem]) -> str:
         if ours[0].kind is ProblemKind.NOT_A_LORA:
             lines.append(ours[0].detail)
             continue
-        lines.append(f"{name}: {lora.applied} of {lora.modules} modules can be applied to {plan.base.root}")
+        lines.append(f"{name}: {lora.applied} of {lora.modules} modules can be applied to {plan.base.label}")
         if lora.cause:
             lines.append(f"  likeliest cause: {lora.cause}")
         for kind in dict.fromkeys(problem.kind for problem in ours):
@@ -60,7 +61,7 @@ def describe_plan(plan: FusePlan) -> str:
     """A few lines: the base, each LoRA, what will change."""
     base = plan.base
     layout = f", {base.layout.name} layout" if base.layout else ""
-    lines = [f"base   {base.root}: {base.title}{layout}, {base.form}, {size_text(base.nbytes)}"]
+    lines = [f"base   {base.label}: {base.title}{layout}, {base.form}, {size_text(base.nbytes)}"]
     lines += [_describe_lora(lora, base) for lora in plan.loras]
     for component in plan.components:
         where = f" of {component.base.component}" if len(plan.components) > 1 else ""
@@ -86,24 +87,21 @@ def _describe_lora(lora: LoraPlan, base: Checkpoint) -> str:
     )
 
 
-def describe_result(manifest: Manifest, seconds: float) -> str:
-    """What was made, and how well the deltas survived rounding."""
-    gains = sorted(change.gain for change in manifest.changes)
-    lines = [f"fused {len(manifest.changes)} tensors in {seconds:.1f} s"]
-    if gains:
-        middle = gains[len(gains) // 2]
-        ratio = sorted(c.delta_rms / c.weight_rms for c in manifest.changes if c.weight_rms)
+def describe_result(manifest: Manifest, seconds: float, remedies: Sequence[Advice] = ()) -> str:
+    """What was made, how well the deltas survived rounding, and what can be done for those that did not."""
+    found = findings_of(manifest)
+    lines = [_summary(manifest, found, seconds)]
+    if found.ratio is not None:
+        lines.append(f"delta/weight median {found.ratio:.2%}")
+    elif manifest.changes:
+        lines.append("weights were zero")
+    if found.weak:
+        least = found.weak[0]
         lines.append(
-            f"delta/weight median {ratio[len(ratio) // 2]:.2%}, gain median {middle:.3f}"
-            if ratio
-            else "weights were zero"
+            f"{len(found.weak)} tensors kept less than {100 * WEAK_GAIN:g} % of their delta after rounding "
+            f"(least: {least.gain:.2g} in {least.name}){'; what helps:' if remedies else ''}"
         )
-    weak = [change for change in manifest.changes if change.gain < 0.95]
-    if weak:
-        lines.append(
-            f"{len(weak)} tensors kept less than 95 % of their delta after rounding "
-            f"(least: {min(weak, key=lambda change: change.gain).name})"
-        )
+        lines += [f"  {remedy.what}: {remedy.why}" for remedy in remedies]
     if manifest.schedule:
         sigmas = ", ".join(f"{sigma:g}" for sigma in manifest.schedule.sigmas)
         lines.append(
@@ -112,16 +110,28 @@ def describe_result(manifest: Manifest, seconds: float) -> str:
     return "\n".join(lines)
 
 
+def _summary(manifest: Manifest, found: Findings, seconds: float) -> str:
+    """One line for grep: every number in it is there in every fuse."""
+    count = len(manifest.loras)
+    return (
+        f"lorafuse: fused {found.applied}/{found.modules} modules of {count} LoRA{'s' if count != 1 else ''} "
+        f"into {len(manifest.changes)} tensors, gain median {found.gain if found.gain is not None else 1:.3f}, "
+        f"{len(found.weak)} tensors below {WEAK_GAIN:g}, {size_text(found.nbytes)}, {seconds:.1f} s"
+    )
+
+
 def plan_json(plan: FusePlan) -> dict[str, Any]:
     """The plan as `--json` prints it."""
     base = plan.base
     return {
         "family": base.family.name if base.family else None,
         "layout": base.layout.name if base.layout else None,
+        "origin": base.origin.uri if base.origin else None,
         "targets": sum(len(component.patches) for component in plan.components),
         "loras": [
             {
                 "path": str(lora.request.path),
+                "origin": lora.request.origin.uri if lora.request.origin else None,
                 "component": lora.component,
                 "dialect": lora.dialect,
                 "layout": lora.layout,
@@ -139,7 +149,7 @@ def plan_json(plan: FusePlan) -> dict[str, Any]:
             {"kind": problem.kind.value, "lora": problem.lora, "subject": problem.subject, "detail": problem.detail}
             for problem in plan.problems
         ],
-        "output_bytes": plan.nbytes,
+        "output_bytes": plan.output_nbytes,
         "peak_memory_bytes": peak_memory_bytes(plan),
     }
 

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Self
 
-from lorafuse_common.errors import CheckpointError
+from lorafuse_common.tensorfile import fill
 
 from . import blocks
 
@@ -40,8 +40,8 @@ class Stream:
         hash_source: bool = True,
     ) -> None:
         self._path, self._progress = source, progress
-        self._reading: BinaryIO = source.open("rb", buffering=0)
-        self._writing: BinaryIO = out.open("xb", buffering=0)
+        self._reading = source.open("rb", buffering=0)
+        self._writing = out.open("xb", buffering=0)
         self._free: queue.SimpleQueue[Buffer] = queue.SimpleQueue()
         self._allocate = allocate
         for _ in range(workers + blocks.SPARE_PIECES):
@@ -76,20 +76,16 @@ class Stream:
         """Read a piece and send it on its way.
 
         Raises:
-            CheckpointError: the source has ended.
-            OSError: reading failed, or writing an earlier piece did.
+            CheckpointError: the source has ended, or cannot be read.
+            OSError: writing an earlier piece failed.
         """
         while self._under_way and self._under_way[0].done():
             self._under_way.popleft().result()
         buffer = self._free.get()
         if len(buffer) < count:
             buffer = self._allocate(count)
-        data, at = memoryview(buffer)[:count], 0
-        while at < count:
-            got = self._reading.readinto(data[at:])  # type: ignore[attr-defined]
-            if not got:
-                raise CheckpointError(f"{self._path}: ended early; did it change while it was read?")
-            at += got
+        data = memoryview(buffer)[:count]
+        fill(data, self._reading, self._path)
         seen = self._hash_in.submit(self.source_hash.update, data) if self._hash_source else None
         made = self.workers.submit(self._make, data, seen, change, self._written)
         self._under_way.append(self._hash_out.submit(self._finish, made, seen, buffer, self._written + size))
