@@ -41,10 +41,10 @@ TRAIN_NEEDS += $(BUILD)/dataset/metadata.csv
 TRAIN_ARGS = $(DEMO_ARGS)
 endif
 
-.PHONY: help setup demo fuse train test check format clean
+.PHONY: help setup demo fuse train test check format bench bench-fuse bench-fuse-scaling clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s %s\n", $$1, $$2}' Makefile
 	@echo; sed -n 's/^# \{0,1\}//p' Makefile | head -5
 
 setup: $(STAMP) ## Make .venv with everything in it
@@ -78,6 +78,29 @@ check: $(STAMP) ## Lint, check the format and the types
 format: $(STAMP) ## Format the code
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
+
+# make bench-fuse SIZE=12 ROUNDS=7 RANK=256 LORAS=2 COLD=1 ONLY="lorafuse naive" OUT=/mnt/disk/bench KEEP=1
+# COLD=1: inputs not in the page cache; COLD=all: nothing is (root). Also PEER_SIZE and PEER_ROUNDS (spare other
+# programs), FUSE_ARGS, and for bench-fuse-scaling SIZES="3 6 12". Needs SIZE for the base and as much for a result.
+bench-fuse bench-fuse-scaling: OUT = build/bench
+bench-fuse: LORAS = 1
+bench-fuse bench-fuse-scaling: SIZE ?= 6
+bench-fuse bench-fuse-scaling: ROUNDS ?= 5
+bench-fuse bench-fuse-scaling: RANK ?= 64
+bench-fuse-scaling: SIZES ?= 3 6 12
+BENCH_STATES := 0=warm 1=cold all=all-cold
+BENCH_STATE = $(or $(patsubst $(COLD)=%,%,$(filter $(COLD)=%,$(BENCH_STATES))),$(COLD),warm)
+BENCH_ARGS = --size $(SIZE) --rounds $(ROUNDS) --rank $(RANK) --state $(BENCH_STATE) --out "$(OUT)" \
+  --fuse-args="$(FUSE_ARGS)" $(if $(filter 1,$(KEEP)),--keep)
+
+bench: bench-fuse ## Run the benchmarks; see bench-fuse
+
+bench-fuse: $(STAMP) ## Compare a fuse with cp, diffusers, peft (SIZE=6 ROUNDS=5 RANK=64 LORAS=1 COLD=0 ONLY= OUT=)
+	@$(BIN)/python -m benchmarks.fuse $(BENCH_ARGS) --loras $(LORAS) $(if $(ONLY),--only $(ONLY)) \
+	  $(if $(PEER_SIZE),--peer-size $(PEER_SIZE)) $(if $(PEER_ROUNDS),--peer-rounds $(PEER_ROUNDS))
+
+bench-fuse-scaling: $(STAMP) ## How a fuse grows with SIZES="3 6 12", rank and number of LoRAs; start-up times
+	@$(BIN)/python -m benchmarks.scaling $(BENCH_ARGS) --sizes $(SIZES)
 
 clean: ## Remove what the demo made (not .venv)
 	rm -rf build

@@ -42,6 +42,7 @@ def check_factors(plan: FusePlan) -> tuple[Problem, ...]:
     problems = []
     trained = {lora.request.label: False for lora in plan.loras if lora.applied}
     modules = {(patch.lora, patch.module.stem, patch.module.parameter): patch for patch in plan.patches}
+    torch.set_num_threads(1)  # factors are too small to share out: on a busy machine waiting threads cost seconds
     for patch in modules.values():
         factors = {role: read_tensor(ref) for role, ref in patch.module.factors.items()}
         if not all(bool(torch.isfinite(factor).all()) for factor in factors.values()):
