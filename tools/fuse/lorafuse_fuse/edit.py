@@ -64,24 +64,30 @@ class Editor:
         return made
 
     def _change_block(self, stored: torch.Tensor, after: torch.Tensor, start: int) -> None:
-        before, delta, exact = self._summed(stored, start)
+        room = self._summed(stored, start)
+        exact = room[2]
         rounded = self._out.encode(exact, after, start, noise_for(self._seed, self.ref.name, start))
-        lost = exact.sub_(self._out.decode(rounded, start)).view(-1)
-        weight, change = before.view(-1), delta.view(-1)
-        pairs = ((weight, weight), (change, change), (lost, lost), (lost, change))
-        self._sums[start] = tuple(torch.stack([torch.dot(left, right) for left, right in pairs]).tolist())
+        exact.sub_(self._out.decode(rounded, start))  # what rounding takes away
+        rows = room.flatten(1)
+        (weight, _, _), (_, delta, _), (_, missing, lost) = (rows @ rows.T).tolist()
+        self._sums[start] = weight, delta, lost, missing
 
-    def _summed(self, stored: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rows as they are, what is added to them, and both in one; valid until the thread's next block."""
-        before, delta, exact = _scratch(len(stored), self._out.columns, self._stored.work, self._device)
-        before[:, self._stored.columns :] = 0
-        before[:, : self._stored.columns] = self._stored.decode(stored.to(self._device), start)
+    def _summed(self, stored: torch.Tensor, start: int) -> torch.Tensor:
+        """Rows as they are, what is added to them, and both in one, (3, rows, columns); until the thread's next block."""
+        room = _scratch(len(stored), self._out.columns, self._stored.work, self._device)
+        before, delta, exact = room
+        numbers = self._stored.decode(stored.to(self._device), start)
+        if self._out.columns == self._stored.columns:
+            before.copy_(numbers)
+        else:
+            before[:, : self._stored.columns] = numbers
+            before[:, self._stored.columns :] = 0
         delta.zero_()
         for patch, factors in self._patches:
             columns = math.prod(patch.shape[1:])  # fewer than the tensor's, where another LoRA widens it
             _add_rows(patch, factors, start, before[:, :columns], delta[:, :columns])
         torch.add(before, delta, out=exact)
-        return before, delta, exact
+        return room
 
     def _requantised(self) -> Codec:
         """The codec of an edited fp8 weight; its scales must be known before its first row is written.
@@ -141,16 +147,11 @@ def _add_rows(
             patch.algebra.add_delta(factors, block, patch.scale, patch.strength)
 
 
-def _scratch(
-    rows: int, columns: int, dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Three blocks of memory that the thread keeps."""
+def _scratch(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Three blocks of memory that the thread keeps, (3, rows, columns)."""
     room: torch.Tensor | None = getattr(_thread, "room", None)
     needed = 3 * rows * columns
     if room is None or (room.dtype, room.device) != (dtype, device) or room.numel() < needed:
-        torch.set_num_threads(
-            1
-        )  # blocks are too small to share out: on a busy machine waiting costs several times more
+        torch.set_num_threads(1)  # blocks are too small to share out: waiting threads cost more than the arithmetic
         room = _thread.room = torch.empty(needed, dtype=dtype, device=device)
-    before, delta, exact = room[:needed].view(3, rows, columns)
-    return before, delta, exact
+    return room[:needed].view(3, rows, columns)
