@@ -73,7 +73,7 @@ class Editor:
         self._sums[start] = weight, delta, lost, missing
 
     def _summed(self, stored: torch.Tensor, start: int) -> torch.Tensor:
-        """Rows as they are, what is added to them, and both in one, (3, rows, columns); until the thread's next block."""
+        """Rows as they are, what is added to them, and the sum, (3, rows, columns); valid until the next block."""
         room = _scratch(len(stored), self._out.columns, self._stored.work, self._device)
         before, delta, exact = room
         numbers = self._stored.decode(stored.to(self._device), start)
