@@ -96,4 +96,18 @@ FLUX2 = Family(
         ("time_guidance_embed.guidance_embedder.linear_1", "time_guidance_embed.guidance_embedder.linear_2"),
         "modules for the guidance embedder, which FLUX.2 klein has not",
     ),
+    lora_targets=(
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "add_q_proj",
+        "add_k_proj",
+        "add_v_proj",
+        "to_add_out",
+        "linear_in",
+        "linear_out",
+        "to_qkv_mlp_proj",
+        "attn.to_out",
+    ),
 )

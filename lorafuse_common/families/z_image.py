@@ -42,4 +42,5 @@ Z_IMAGE = Family(
     transformer_classes=("ZImageTransformer2DModel",),
     layouts=(DIFFUSERS, ORIGINAL),
     sizes=(Size(3840, 30, "6B"),),
+    lora_targets=("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3"),
 )

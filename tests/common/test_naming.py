@@ -136,7 +136,10 @@ def test_sizes_tell_families_apart() -> None:
     assert narrowed(tied, 48, 2) == tied
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f.name not in ("sd3", "cosmos", "hidream")], ids=lambda f: f.name)
+UNUSUAL_DEFAULTS = ("sd3", "cosmos", "hidream")
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.name not in UNUSUAL_DEFAULTS], ids=lambda f: f.name)
 def test_sizes_are_those_of_diffusers_defaults(family: Family) -> None:
     """Whose defaults are a published model for most families."""
     if not family.sizes:

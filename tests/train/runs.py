@@ -11,10 +11,13 @@ import lorafuse_fuse.cli
 from lorafuse_train import cli
 
 
-def save_world(root: Path) -> Path:
-    """`base`, `lightning.safetensors`, `fused` with a 2-step schedule, and `data` of two sizes."""
-    tiny.save_pipeline(root / "base")
-    tiny.save_lightning(root / "lightning.safetensors")
+def save_world(root: Path, made: Any = tiny, **options: Any) -> Path:
+    """`base`, `lightning.safetensors`, `fused` with a 2-step schedule, and `data` of two sizes.
+
+    `made` is the module that knows the family; `options` go to its `save_pipeline`.
+    """
+    made.save_pipeline(root / "base", **options)
+    made.save_lightning(root / "lightning.safetensors")
     lora = str(root / "lightning.safetensors")
     arguments = ["fuse", str(root / "base"), "--lora", lora, "--schedule", "1,0.6", "--out", str(root / "fused")]
     lorafuse_fuse.cli.app(arguments, standalone_mode=False)
@@ -37,6 +40,11 @@ def run(world: Path, out: Path, *more: str, fused: str = "fused", **options: Any
         "validation_inference_steps": 2,
         **options,
     }
-    arguments = [part for name, value in chosen.items() if value is not None for part in (f"--{name}", str(value))]
+    arguments = [
+        part
+        for name, value in chosen.items()
+        if value is not None
+        for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
+    ]
     cli.app(["train", *arguments, *more], standalone_mode=False)
     return out

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from lorafuse_common.errors import ConfigError
 
+from .flux import Flux
+from .flux2 import Flux2
 from .qwen_image import QwenImage
 from .recipe import Recipe
+from .sd3 import Sd3
+from .z_image import ZImage
 
-RECIPES: tuple[Recipe, ...] = (QwenImage(),)
+RECIPES: tuple[Recipe, ...] = (QwenImage(), Flux(), Sd3(), ZImage(), Flux2())
 
 
 def recipe_for(family: str) -> Recipe:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lorafuse_train.weights import stored_dtype
 
-from .recipe import Condition, Encoded
+from .recipe import Condition, Encoded, Guidance
 
 PATCH = 2
 LONGEST_PROMPT = 512
@@ -28,6 +28,7 @@ class QwenImage:
     family = "qwen_image"
     version = 1
     text_parts = ("text_encoder", "tokenizer")
+    optional_parts = ()
 
     def pixel_multiple(self, pipeline: Path) -> int:
         """VAE reduction times patch."""
@@ -107,6 +108,10 @@ class QwenImage:
             return_dict=False,
         )[0]
         return unpack(packed.float(), height, width)
+
+    def guidance(self, pipeline: Path, config: Mapping[str, Any]) -> Guidance:
+        """By two predictions."""
+        return Guidance.CFG
 
     def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
         """n + scale (p - n), brought back to the length of p in every packed token (`QwenImagePipeline.__call__`)."""

@@ -8,6 +8,7 @@ position ids, masks and guidance live in its recipe and nowhere else.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -18,6 +19,17 @@ Encoded: TypeAlias = Mapping[str, Tensor]
 """What a text encoder says of one caption, unpadded; the recipe that made it knows the names."""
 Condition: TypeAlias = Mapping[str, Tensor]
 """Several `Encoded` collated into one batch."""
+
+
+class Guidance(StrEnum):
+    """How a model follows a guidance scale other than 1."""
+
+    CFG = "CFG"
+    """By a second prediction, for the negative prompt; `Recipe.guide` combines the two."""
+    EMBEDDED = "embedded"
+    """It is told the scale as it is told sigma, in `condition["guidance"]`, and predicts once."""
+    NONE = "none"
+    """Not at all; its pipeline ignores the scale."""
 
 
 class Recipe(Protocol):
@@ -34,6 +46,10 @@ class Recipe(Protocol):
     @property
     def text_parts(self) -> tuple[str, ...]:
         """Folders of the pipeline that `encode_text` depends on."""
+
+    @property
+    def optional_parts(self) -> tuple[str, ...]:
+        """Those of `text_parts` that a pipeline may be without, if its model_index.json says so."""
 
     def pixel_multiple(self, pipeline: Path) -> int:
         """What height and width must be multiples of."""
@@ -63,7 +79,13 @@ class Recipe(Protocol):
         """Pad and mask so that a caption's prediction does not depend on its neighbours in the batch."""
 
     def predict(self, transformer: Any, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-        """v (B, C, h, w), fp32, for x (B, C, h, w) at the noise levels sigma (B,)."""
+        """v (B, C, h, w), fp32, for x (B, C, h, w) at the noise levels sigma (B,).
+
+        A model that embeds guidance is told `condition["guidance"]` (B,); 1 where there is none, as in training.
+        """
+
+    def guidance(self, pipeline: Path, config: Mapping[str, Any]) -> Guidance:
+        """How the transformer with this config.json is guided in that pipeline."""
 
     def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
         """Classifier-free guidance of two predictions (B, C, h, w), as the family's pipeline combines them."""

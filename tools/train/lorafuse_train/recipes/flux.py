@@ -1,0 +1,114 @@
+"""FLUX.1: 2x2-packed latents, T5 embeddings of one fixed length beside CLIP's pooled one, guidance as a model input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FluxPipeline
+from torch import Tensor
+
+from lorafuse_common.errors import CheckpointError
+from lorafuse_train.weights import stored_dtype
+
+from .kl import PATCH, EulerShift, KlLatents, visited
+from .recipe import Condition, Encoded, Guidance
+
+LONGEST_PROMPT = 512
+"""Tokens that `FluxPipeline.__call__` pads to, for schnell too, and cuts at."""
+PIPELINES = ("FluxPipeline", "FluxKontextPipeline")
+"""Those that draw from text alone; Kontext's picture to edit may be left out."""
+
+
+class Flux(KlLatents, EulerShift):
+    """The recipe of FLUX.1 dev (and its variants with the same input) and schnell, text to image."""
+
+    family = "flux"
+    version = 1
+    text_parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    optional_parts = ()
+
+    def load_text_encoder(self, pipeline: Path, device: torch.device) -> FluxPipeline:
+        """The family's pipeline with nothing but tokenizers and text encoders.
+
+        Raises:
+            CheckpointError: the pipeline's transformer is one that needs more input than text.
+        """
+        name = FluxPipeline.load_config(pipeline)["_class_name"]
+        if name not in PIPELINES:
+            raise CheckpointError(f"{pipeline}: is a {name}; expected a {' or a '.join(PIPELINES)}")
+        stored = {part: stored_dtype(pipeline / part) for part in ("text_encoder", "text_encoder_2")}
+        loaded = FluxPipeline.from_pretrained(pipeline, dtype=stored, scheduler=None, vae=None, transformer=None)
+        return loaded.to(device)
+
+    @torch.no_grad()
+    def encode_text(self, encoder: FluxPipeline, caption: str) -> Encoded:
+        """`embeds` (L, D) of T5 and `pooled` (P,) of CLIP in their own precisions; `room` for more tokens in T5.
+
+        L is the same for every caption: the model attends to the padding, which is thus part of what it is told.
+        """
+        embeds, pooled, _ = encoder.encode_prompt(
+            caption, device=encoder.text_encoder.device, max_sequence_length=LONGEST_PROMPT
+        )
+        room = torch.tensor(LONGEST_PROMPT - len(encoder.tokenizer_2(caption).input_ids))
+        return {"embeds": embeds[0].cpu(), "pooled": pooled[0].cpu(), "room": room}
+
+    def is_cut(self, encoded: Encoded) -> bool:
+        """By T5; what CLIP cuts off still reaches the model through T5."""
+        return int(encoded["room"]) < 0
+
+    def collate(self, captions: Sequence[Encoded]) -> Condition:
+        """`embeds` (B, L, D) and `pooled` (B, P); nothing to pad or mask."""
+        return {name: torch.stack([caption[name] for caption in captions]) for name in ("embeds", "pooled")}
+
+    def predict(self, transformer: Any, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        """The model's timestep is sigma, and its output is `eps - x0` already.
+
+        A model with a guidance embedder learns at guidance 1, which is what plain pictures are an example of.
+        """
+        batch, _, height, width = x.shape
+        stored = transformer.x_embedder.weight  # not `transformer.dtype`, which a fp32 LoRA changes
+        to = {"device": stored.device, "dtype": stored.dtype}
+        embeds = condition["embeds"].to(**to)
+        guidance = condition.get("guidance", torch.ones(batch)).to(stored.device)
+        packed = transformer(
+            hidden_states=pack(x).to(**to),
+            encoder_hidden_states=embeds,
+            pooled_projections=condition["pooled"].to(**to),
+            timestep=(1000 * sigma).to(**to) / 1000,  # rounded where the pipeline rounds
+            guidance=guidance if transformer.config.guidance_embeds else None,
+            txt_ids=embeds.new_zeros(embeds.shape[1], 3),
+            img_ids=FluxPipeline._prepare_latent_image_ids(batch, height // PATCH, width // PATCH, **to),
+            return_dict=False,
+        )[0]
+        return unpack(packed.float(), height, width)
+
+    def guidance(self, pipeline: Path, config: Mapping[str, Any]) -> Guidance:
+        """dev has a guidance embedder; schnell has not, and was distilled to do without."""
+        return Guidance.EMBEDDED if config.get("guidance_embeds") else Guidance.NONE
+
+    def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+        """n + scale (p - n), the pipeline's `true_cfg_scale`; no schedule of ours asks for it."""
+        return negative + scale * (positive - negative)
+
+    def guidance_arguments(self, scale: float) -> str:
+        """What is embedded; schnell's pipeline takes and ignores it."""
+        return f"guidance_scale={scale:g}"
+
+    def sigmas(self, pipeline: Path, steps: int, latent: tuple[int, int, int]) -> tuple[float, ...]:
+        """As `FluxPipeline.__call__` asks the scheduler for them."""
+        return visited(pipeline, steps, latent, [1 - k / steps for k in range(steps)])
+
+
+def pack(x: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, h/2 * w/2, 4C), a token for every 2x2 patch."""
+    packed: Tensor = FluxPipeline._pack_latents(x, *x.shape)
+    return packed
+
+
+def unpack(packed: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `pack`, for latents of `height` x `width`."""
+    x: Tensor = FluxPipeline._unpack_latents(packed, height, width, vae_scale_factor=1)
+    return x

@@ -1,0 +1,81 @@
+"""What families with a 2-D `AutoencoderKL` and a transformer of 2x2 patches have in common, to be inherited."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
+from torch import Tensor, nn
+
+PATCH = 2
+
+
+class KlLatents:
+    """Latents of an `AutoencoderKL`, shifted and scaled by two numbers of its config.json."""
+
+    def pixel_multiple(self, pipeline: Path) -> int:
+        """VAE reduction times patch."""
+        return _reduction(pipeline) * PATCH
+
+    def latent_shape(self, pipeline: Path, height: int, width: int) -> tuple[int, int, int]:
+        """(latent_channels, H / reduction, W / reduction)."""
+        scale = _reduction(pipeline)
+        return int(AutoencoderKL.load_config(pipeline / "vae")["latent_channels"]), height // scale, width // scale
+
+    def load_vae(self, pipeline: Path, device: torch.device) -> nn.Module:
+        """In fp32 whatever it is stored in: it is small, and what it encodes is kept for all trainings."""
+        vae = AutoencoderKL.from_pretrained(pipeline / "vae", dtype=torch.float32)
+        return vae.to(device).eval()  # type: ignore[no-any-return]  # diffusers is untyped
+
+    @torch.no_grad()
+    def encode_image(self, vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+        """x0 = (mode - shift_factor) * scaling_factor."""
+        z: Tensor = vae.encode(pixels[None].to(vae.device, vae.dtype)).latent_dist.mode()[0].float()
+        x0: Tensor = (z - vae.config.shift_factor) * vae.config.scaling_factor
+        return x0.cpu()
+
+    @torch.no_grad()
+    def decode(self, vae: AutoencoderKL, x0: Tensor) -> Tensor:
+        """The inverse of `encode_image`."""
+        z = x0.to(vae.device, torch.float32) / vae.config.scaling_factor + vae.config.shift_factor
+        pixels: Tensor = vae.decode(z[None].to(vae.dtype)).sample[0]
+        return pixels.float().cpu()
+
+
+class EulerShift:
+    """The shift of a `FlowMatchEulerDiscreteScheduler`: fixed, or by the number of the picture's patches."""
+
+    def shift(self, pipeline: Path, latent: tuple[int, int, int]) -> float:
+        """exp(mu) or mu where the scheduler shifts by size, else its fixed shift."""
+        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(pipeline / "scheduler")
+        if not scheduler.config.use_dynamic_shifting:
+            return float(scheduler.config.shift)
+        mu = _mu(scheduler, latent)
+        return math.exp(mu) if scheduler.config.time_shift_type == "exponential" else mu
+
+
+def visited(
+    pipeline: Path, steps: int, latent: tuple[int, int, int], even: Sequence[float] | None = None
+) -> tuple[float, ...]:
+    """The noise levels that the pipeline's scheduler makes of `even` ones, or where None are given of its own."""
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(pipeline / "scheduler")
+    retrieve_timesteps(scheduler, steps, "cpu", sigmas=even, mu=_mu(scheduler, latent))
+    return tuple(float(sigma) for sigma in scheduler.sigmas[:-1])
+
+
+def _mu(scheduler: FlowMatchEulerDiscreteScheduler, latent: tuple[int, int, int]) -> float:
+    config = scheduler.config
+    patches = (latent[1] // PATCH) * (latent[2] // PATCH)
+    return float(
+        calculate_shift(
+            patches, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
+        )
+    )
+
+
+def _reduction(pipeline: Path) -> int:
+    return int(2 ** (len(AutoencoderKL.load_config(pipeline / "vae")["block_out_channels"]) - 1))
