@@ -7,10 +7,10 @@ from collections import Counter
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.training_utils import compute_density_for_timestep_sampling
 
-from lorafuse_train.objective import NoiseLevels, add_noise, draw, loss_sum
+from lorafuse_train.objective import add_noise, draw, drops_caption, loss_sum
 from lorafuse_train.order import Order, seed_for
+from lorafuse_train.timesteps import NoiseLevels
 
 
 def test_noising_is_the_schedulers() -> None:
@@ -29,27 +29,31 @@ def test_the_loss_is_the_sum_of_the_pictures_means() -> None:
     assert loss_sum(v.bfloat16(), x0, noise).dtype == torch.float32
 
 
-@pytest.mark.parametrize(("scheme", "mean", "std"), [("logit_normal", 0.5, 0.7), ("none", 0.0, 1.0)])
-def test_the_density_is_diffusers(scheme: str, mean: float, std: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    levels = NoiseLevels(scheme, mean, std)
-    ours = torch.stack([levels.draw(1.0, generator) for _ in range(4000)]).sort().values
-    theirs = compute_density_for_timestep_sampling(
-        scheme, 4000, mean, std, 1.29, generator=torch.Generator().manual_seed(1)
+def test_weights_and_masks_make_weighted_means() -> None:
+    v, x0, noise = (torch.randn(2, 4, 3, 6) for _ in range(3))
+    mask, weights = torch.rand(2, 3, 6), torch.tensor([2.0, 0.5])
+    error = (v - (noise - x0)) ** 2
+    expected = sum(
+        weights[i] * sum((mask[i] * error[i, c]).sum() for c in range(4)) / (4 * mask[i].sum()) for i in range(2)
     )
-    assert (ours - theirs.sort().values).abs().max() < 0.05  # Kolmogorov-Smirnov in quantiles
+    assert torch.allclose(loss_sum(v, x0, noise, weights, mask), torch.as_tensor(expected))
+    assert torch.allclose(loss_sum(v, x0, noise, None, torch.ones(2, 1, 1)), loss_sum(v, x0, noise))
+    video = [tensor[:, :, None].expand(-1, -1, 5, -1, -1) for tensor in (v, x0, noise)]
+    assert torch.allclose(loss_sum(video[0], video[1], video[2], weights, mask), loss_sum(v, x0, noise, weights, mask))
+    assert torch.allclose(add_noise(video[1], video[2], weights)[:, :, 3], add_noise(x0, noise, weights))
 
 
-def test_the_shift_is_the_schedulers() -> None:
-    u = torch.sigmoid(torch.randn((), generator=torch.Generator().manual_seed(3)))
-    sigma = NoiseLevels("logit_normal", 0, 1).draw(3.0, torch.Generator().manual_seed(3))
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    scheduler.set_timesteps(sigmas=[float(u)])
-    assert torch.allclose(sigma, scheduler.sigmas[0])
+def test_captions_are_dropped_by_place_and_as_often_as_asked() -> None:
+    dropped = [drops_caption(0.3, 1, step, place) for step in range(500) for place in range(4)]
+    assert 0.27 < sum(dropped) / len(dropped) < 0.33
+    assert dropped == [drops_caption(0.3, 1, step, place) for step in range(500) for place in range(4)]
+    assert dropped != [drops_caption(0.3, 2, step, place) for step in range(500) for place in range(4)]
+    assert all(drops_caption(1, 1, 0, place) for place in range(50))
+    assert not any(drops_caption(0, 1, 0, place) for place in range(50))
 
 
 def test_draws_depend_on_the_place_in_the_step_alone() -> None:
-    levels = NoiseLevels("logit_normal", 0, 1)
+    levels = NoiseLevels()
     whole = draw(levels, 2.0, (4, 2, 2), seed=1, step=7, first=0, count=4)
     for first in range(4):
         part = draw(levels, 2.0, (4, 2, 2), seed=1, step=7, first=first, count=1)

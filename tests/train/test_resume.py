@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from train.runs import run, save_world
 
 from lorafuse_common.errors import ConfigError, OutputError
@@ -34,8 +34,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {},
         {"train_batch_size": 1, "gradient_accumulation_steps": 2, "lr_warmup_steps": 5},
         {"lr_scheduler": "cosine"},
+        {"optimizer": "adafactor", "lr_warmup_steps": 3},
+        {"optimizer": "torch.optim.NAdam", "optimizer_args": "momentum_decay=0.01", "max_grad_norm": 0},
+        {"init_lora_weights": "pissa_niter_4", "lora_dropout": 0.3, "lora_alpha": 3, "use_rslora": True},
+        {"timestep_sampling": "mix:0.5", "caption_dropout": 0.5, "min_timestep": 300},
+        {"ema_decay": 0.7, "ema_update_after_step": 1, "train_batch_size": 1},
+        {"optimizer": "prodigy", "learning_rate": 1},
     ],
-    ids=["mid-epoch", "accumulation and warm-up", "cosine"],
+    ids=lambda options: " ".join(f"{value}" for value in options.values()) or "mid-epoch",
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(world: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     """7 steps at once, and stopped after 4: the same bytes, the same log but for the seconds."""
@@ -46,9 +52,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(world: Path, tmp_path: Path, 
         shutil.rmtree(parts / f"checkpoint-{step}")
     run(world, parts, max_train_steps=7, resume_from_checkpoint="latest", **options)
     assert (parts / FILE_NAME).read_bytes() == (whole / FILE_NAME).read_bytes()
-    logs = [[line.split(",")[:3] for line in (out / "log.csv").read_text().splitlines()] for out in (whole, parts)]
+    logs = [[line.split(",")[:5] for line in (out / "metrics.csv").read_text().splitlines()] for out in (whole, parts)]
     assert logs[0] == logs[1]
     assert len(logs[0]) == 8
+    assert [json.loads(line)["step"] for line in (parts / "metrics.jsonl").read_text().splitlines()] == [*range(1, 8)]
 
 
 def test_a_finished_run_can_go_on_at_a_constant_rate(world: Path, tmp_path: Path) -> None:
@@ -56,6 +63,20 @@ def test_a_finished_run_can_go_on_at_a_constant_rate(world: Path, tmp_path: Path
     parts = run(world, tmp_path / "parts", max_train_steps=3, checkpointing_steps=3)
     run(world, parts, max_train_steps=5, resume_from_checkpoint="latest")
     assert (parts / FILE_NAME).read_bytes() == (whole / FILE_NAME).read_bytes()
+
+
+def test_the_average_is_what_is_used_and_the_weights_are_what_goes_on(world: Path, tmp_path: Path) -> None:
+    out = run(world, tmp_path / "out", ema_decay=0.5, checkpointing_steps=3)
+    saved, held = load_file(out / FILE_NAME), load_file(out / "checkpoint-3" / state.TENSORS_NAME)
+    assert (out / "checkpoint-3" / FILE_NAME).read_bytes() == (out / FILE_NAME).read_bytes()
+    for name, tensor in saved.items():
+        inside = name.removeprefix("transformer.").replace(".weight", ".default.weight")
+        assert held[f"{state.AVERAGE}{inside}"].equal(tensor)
+    assert any(not held[f"{state.WEIGHT}{name}"].equal(held[f"{state.AVERAGE}{name}"]) for name in names(held))
+
+
+def names(held: dict[str, Any]) -> list[str]:
+    return [name.removeprefix(state.AVERAGE) for name in held if name.startswith(state.AVERAGE)]
 
 
 def test_another_training_is_not_continued(world: Path, tmp_path: Path) -> None:
@@ -73,7 +94,7 @@ def test_another_training_is_not_continued(world: Path, tmp_path: Path) -> None:
         run(world, out, resume_from_checkpoint="checkpoint-9")
     with pytest.raises(ConfigError, match="has done 3 steps, more than the 2"):
         run(world, out, resume_from_checkpoint="latest", max_train_steps=2)
-    moments = out / "checkpoint-2" / state.OPTIMIZER_NAME
+    moments = out / "checkpoint-2" / state.TENSORS_NAME
     moments.write_bytes(moments.read_bytes()[:-20])
     with pytest.raises(ConfigError, match="no complete checkpoint"):
         run(world, out, resume_from_checkpoint="checkpoint-2")
@@ -153,15 +174,15 @@ def test_a_cancelled_accelerate_launch_saves_and_ends(world: Path, tmp_path: Pat
         env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        wait_for(lambda: (out / "log.csv").is_file() and len((out / "log.csv").read_text().splitlines()) > 3)
+        wait_for(lambda: (out / "metrics.csv").is_file() and len((out / "metrics.csv").read_text().splitlines()) > 3)
         running.send_signal(signal.SIGTERM)
         running.wait(30)
         wait_for(lambda: bool(state.checkpoints(out)))
     finally:
         running.kill()
-    steps = (out / "log.csv").read_text().splitlines()
+    steps = (out / "metrics.csv").read_text().splitlines()
     time.sleep(0.5)
-    assert (out / "log.csv").read_text().splitlines() == steps
+    assert (out / "metrics.csv").read_text().splitlines() == steps
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:

@@ -35,28 +35,48 @@ NAMES = [
     "lora_target_modules",
     "lora_rank",
     "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "lora_dropout",
+    "use_dora",
+    "use_rslora",
+    "init_lora_weights",
+    "lora_checkpoint",
     "trainable_models",
     "task",
-    "learning_rate",
     "num_epochs",
     "max_train_steps",
     "train_batch_size",
     "gradient_accumulation_steps",
+    "seed",
+    "optimizer",
+    "optimizer_args",
+    "learning_rate",
     "lr_scheduler",
     "lr_warmup_steps",
+    "lr_num_cycles",
+    "lr_power",
     "adam_beta1",
     "adam_beta2",
     "adam_weight_decay",
     "adam_epsilon",
     "max_grad_norm",
-    "weighting_scheme",
+    "ema_decay",
+    "ema_update_after_step",
+    "timestep_sampling",
     "logit_mean",
     "logit_std",
     "timestep_shift",
-    "seed",
+    "min_timestep",
+    "max_timestep",
+    "loss_weighting",
+    "caption_dropout",
+    "masked_loss",
+    "masked_loss_background",
     "base_dtype",
     "mixed_precision",
     "use_gradient_checkpointing",
+    "max_memory",
     "validation_prompt",
     "validation_steps",
     "validation_inference_steps",
@@ -68,6 +88,8 @@ NAMES = [
     "checkpointing_steps",
     "checkpoints_total_limit",
     "resume_from_checkpoint",
+    "report_to",
+    "tracker_project_name",
     "config",
 ]
 
@@ -75,8 +97,9 @@ NAMES = [
 def test_the_surface_is_frozen() -> None:
     """A new option is a decision; it belongs in this list and in the documentation."""
     assert list(OPTIONS) == NAMES
-    command = typer.main.get_command(cli.app).commands["train"]  # type: ignore[attr-defined]
-    assert {parameter.name for parameter in command.params} == set(NAMES)
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    assert {"train", "show-timesteps"} <= set(commands)
+    assert all({parameter.name for parameter in command.params} == set(NAMES) for command in commands.values())
     assert all(option.entry.help and option.entry.panel for option in OPTIONS.values())
 
 
@@ -109,7 +132,7 @@ def test_every_fault_is_reported_at_once(tmp_path: Path) -> None:
         "unknown key 'lora_rnk' (did you mean 'lora_rank'?)",
         f"{file}: logit_mean is given twice",
         f"{file}: num_epochs: found [3], expected a whole number",
-        f"{file}: adam_beta1: found 2.0, expected at least 0 and at most 1",
+        f"{file}: adam_beta1: found 2.0, expected at least 0 and below 1",
         "--lora_rank: found 'many', expected a whole number",
         "--task: found 'dpo', expected 'sft'",
         "height, width: give both",
@@ -142,12 +165,16 @@ def test_values_that_are_no_number(raw: Any) -> None:
 
 
 def test_what_is_dumped_reads_back_as_the_same_config(tmp_path: Path) -> None:
-    config = resolve_config({**GIVEN, "validation_prompt": ["ünï: {x}", "b"], "lora_fused": ["a b.safetensors"]})
+    given = {"validation_prompt": ["ünï: {x}", "b"], "lora_fused": ["a b.safetensors"], "init_lora_weights": "true"}
+    patterns = {"rank_pattern": ["to_q=8", "regex:.*=[12]=4"], "optimizer_args": ["betas=[0.9, 0.99]", "eps=1e-8"]}
+    config = resolve_config({**GIVEN, **given, **patterns})
     file = tmp_path / "train_config.yaml"
     file.write_text(dump_config(config))
     again = resolve_config({"config": str(file)})
     assert dump_config(again) == dump_config(config)
-    assert again.validation_prompt == config.validation_prompt
+    for name in (*given, *patterns):
+        assert getattr(again, name) == getattr(config, name)
+    assert again.rank_pattern == (("to_q", 8), ("regex:.*=[12]", 4))
 
 
 def test_dashes_work_in_names_and_stay_in_values(monkeypatch: pytest.MonkeyPatch) -> None:

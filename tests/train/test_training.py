@@ -11,9 +11,11 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.training_utils import compute_loss_weighting_for_sd3
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
@@ -26,8 +28,9 @@ from lorafuse_common.errors import CheckpointError
 from lorafuse_common.manifest import read_manifest
 from lorafuse_train.adapter import FILE_NAME
 from lorafuse_train.cache import load
-from lorafuse_train.objective import NoiseLevels, draw
+from lorafuse_train.objective import draw
 from lorafuse_train.recipes.qwen_image import QwenImage
+from lorafuse_train.timesteps import NoiseLevels
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +71,10 @@ def test_a_training_from_start_to_end(
         checkpointing_steps=2, validation_steps=2,
     )  # fmt: skip
     assert sorted(path.name for path in out.iterdir()) == [
-        "checkpoint-2", "checkpoint-3", "log.csv", "logs", FILE_NAME, "samples", "samples.png", "train_config.yaml",
+        "checkpoint-2", "checkpoint-3", "logs", "metrics.csv", "metrics.jsonl", FILE_NAME, "samples", "samples.png",
+        "train_config.yaml",
     ]  # fmt: skip
-    with (out / "log.csv").open() as file:
+    with (out / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows] == ["1", "2", "3"]
     assert all(float(row["loss"]) > 0 and row["lr"] == "0.01" for row in rows)
@@ -104,7 +108,7 @@ def test_the_header_tells_diffusers_the_scale_and_users_the_base(world: Path, tm
     with safe_open(out / FILE_NAME, "pt") as file:
         metadata = file.metadata()
     ours, adapter = json.loads(metadata["lorafuse"]), json.loads(metadata["lora_adapter_metadata"])
-    assert (adapter["transformer.r"], adapter["transformer.lora_alpha"]) == (4, 2)
+    assert (adapter["transformer.r"], adapter["transformer.lora_alpha"]) == (4, 4)  # alpha 2 is in B
     assert ours["fused_sha256"] == manifest.fused_sha256
     assert ours["fused_loras"] == [
         {"name": "lightning.safetensors", "sha256": manifest.loras[0].sha256, "strength": 1.0}
@@ -112,13 +116,13 @@ def test_the_header_tells_diffusers_the_scale_and_users_the_base(world: Path, tm
     assert ours["schedule"]["sigmas"] == [1.0, 0.6]
     assert str(tmp_path) not in json.dumps(metadata)
     assert str(world) not in json.dumps(metadata)
-    # alpha / rank = 1/2: compare with the formula on a module whose LoRA diffusers has loaded
+    # compare with the formula on a module whose LoRA diffusers has loaded
     state = load_file(out / FILE_NAME)
     assert all(tensor.dtype == torch.float32 for tensor in state.values())
     pipe = DiffusionPipeline.from_pretrained(world / "fused")
     layer = pipe.transformer.transformer_blocks[0].attn.to_q
     x = torch.randn(3, 32)
-    expected = layer(x) + 0.5 * x @ state[f"{PREFIX}.lora_A.weight"].T @ state[f"{PREFIX}.lora_B.weight"].T
+    expected = layer(x) + x @ state[f"{PREFIX}.lora_A.weight"].T @ state[f"{PREFIX}.lora_B.weight"].T
     pipe.load_lora_weights(out, weight_name=FILE_NAME)
     assert torch.allclose(pipe.transformer.transformer_blocks[0].attn.to_q(x), expected, atol=1e-5)
 
@@ -147,39 +151,55 @@ def test_accumulation_equals_a_larger_batch(world: Path, tmp_path: Path) -> None
         assert max((other[name] - tensor).abs().max() for name, tensor in states[0].items()) < 1e-6
 
 
-def test_two_steps_equal_a_hand_written_loop(world: Path, tmp_path: Path) -> None:
-    """Against PEFT, AdamW and the transformer called directly; only the random numbers are shared."""
+PLAIN: dict[str, Any] = {"timestep_shift": 3, "max_grad_norm": 0.05}
+RICH: dict[str, Any] = {
+    "timestep_shift": 3, "max_grad_norm": 0, "optimizer": "torch.optim.NAdam", "optimizer_args": "eps=1e-4",
+    "loss_weighting": "cosmap", "caption_dropout": 1, "masked_loss": "mask", "masked_loss_background": 0.25,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [PLAIN, RICH], ids=["plain", "rich"])
+def test_two_steps_equal_a_hand_written_loop(world: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    """Against PEFT, torch's optimizers and the transformer called directly; only the random numbers are shared."""
     data = tiny.save_dataset(tmp_path / "data", ((32, 32),))
-    options: dict[str, Any] = {
-        "max_train_steps": 2,
-        "train_batch_size": 1,
-        "timestep_shift": 3,
-        "max_grad_norm": 0.05,
-        "seed": 5,
-    }
-    ours = load_file(run(world, tmp_path / "out", dataset_base_path=data, **options) / FILE_NAME)
+    (data / "metadata.csv").write_text("image,prompt,mask\n0.png,a red circle,mask.png\n")
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * 4).resize((32, 32), 0).save(data / "mask.png")
+    chosen = {"max_train_steps": 2, "train_batch_size": 1, "seed": 5, **options}
+    ours = load_file(run(world, tmp_path / "out", dataset_base_path=data, **chosen) / FILE_NAME)
     (latents,) = (load(path)["x0"] for path in (data / ".lorafuse_cache" / "latents").rglob("*.safetensors"))
     pipe = DiffusionPipeline.from_pretrained(world / "fused")
     with torch.no_grad():
-        embeds, _ = pipe.encode_prompt("a red circle")
+        embeds, _ = pipe.encode_prompt("" if options is RICH else "a red circle")
     transformer = pipe.transformer.requires_grad_(False)
     names = sorted({name.removeprefix("transformer.").rsplit(".lora_", 1)[0] for name in ours})
     torch.manual_seed(5)
     transformer.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=names))
     parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.01)
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.01)
+    weight = torch.ones(8, 8)
+    if options is RICH:
+        optimizer = torch.optim.NAdam(parameters, lr=0.01, eps=1e-4)
+        weight = 0.25 + 0.75 * torch.arange(64).view(8, 8) * 4 / 255
     for step in range(2):
-        random = draw(NoiseLevels("logit_normal", 0.0, 1.0), 3.0, (4, 8, 8), seed=5, step=step, first=0, count=1)
+        random = draw(NoiseLevels(), 3.0, (4, 8, 8), seed=5, step=step, first=0, count=1)
         noisy = torch.lerp(latents[None], random.noise, random.sigma)
-        packed = noisy.view(1, 4, 4, 2, 4, 2).permute(0, 2, 4, 1, 3, 5).reshape(1, 16, 16)
-        target = (random.noise - latents).view(1, 4, 4, 2, 4, 2).permute(0, 2, 4, 1, 3, 5).reshape(1, 16, 16)
-        out = transformer(packed, embeds, timestep=random.sigma, img_shapes=[[(1, 4, 4)]], return_dict=False)[0]
-        torch.autograd.backward(torch.nn.functional.mse_loss(out, target))
-        torch.nn.utils.clip_grad_norm_(parameters, 0.05)
+        out = transformer(packed(noisy), embeds, timestep=random.sigma, img_shapes=[[(1, 4, 4)]], return_dict=False)[0]
+        error = (out - packed(random.noise - latents)) ** 2
+        whole = packed(weight.expand(1, 4, 8, 8))
+        loss = (whole * error).sum() / whole.sum()
+        if options is RICH:
+            loss = loss * compute_loss_weighting_for_sd3("cosmap", random.sigma)[0]
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(parameters, options["max_grad_norm"] or 1e9)
         optimizer.step()
         optimizer.zero_grad()
     theirs = get_peft_model_state_dict(transformer)
     assert max((ours[f"transformer.{name}"] - tensor).abs().max() for name, tensor in theirs.items()) < 1e-5
+
+
+def packed(x: torch.Tensor) -> torch.Tensor:
+    """(1, 4, 8, 8) -> (1, 16, 16), by 2x2 patches."""
+    return x.reshape(1, 4, 4, 2, 4, 2).permute(0, 2, 4, 1, 3, 5).reshape(1, 16, 16)
 
 
 def test_gradient_checkpointing_changes_nothing(world: Path, tmp_path: Path) -> None:
@@ -195,7 +215,7 @@ def test_it_learns_one_picture(world: Path, tmp_path: Path) -> None:
         world, tmp_path / "out", dataset_base_path=data, dataset_repeat=4, train_batch_size=4, max_train_steps=120,
         lora_rank=16, learning_rate=0.01, lora_target_modules="preset",
     )  # fmt: skip
-    with (out / "log.csv").open() as file:
+    with (out / "metrics.csv").open() as file:
         losses = [float(row["loss"]) for row in csv.DictReader(file)]
     assert sum(losses[-20:]) < 0.5 * sum(losses[:20])
 

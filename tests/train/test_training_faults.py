@@ -15,6 +15,8 @@ from train.runs import run, save_world
 from lorafuse_common.errors import CheckpointError, ConfigError, LorafuseError, ManifestError, OutputError
 from lorafuse_train import cli
 from lorafuse_train.adapter import FILE_NAME, lora_metadata
+from lorafuse_train.data import Sample
+from lorafuse_train.encode import Encodings
 from lorafuse_train.objective import loss_sum
 
 
@@ -65,6 +67,36 @@ def test_nothing_is_overwritten_unless_asked(world: Path, tmp_path: Path, monkey
     assert (out / FILE_NAME).read_bytes() != before
 
 
+def test_a_loss_that_is_no_number_names_the_pictures_and_the_last_good_checkpoint(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the second of the two passes of the third step; afterwards, a run may go on from what was good."""
+    calls = iter(range(100))
+    seen: list[list[str]] = []
+
+    def spoilt(*given: Any) -> torch.Tensor:
+        return loss_sum(*given) * (float("inf") if next(calls) == 5 else 1)
+
+    def noted(self: Encodings, sample: Sample) -> torch.Tensor:
+        seen.append([sample.path.name])
+        return latents(self, sample)
+
+    latents = Encodings.latents
+    monkeypatch.setattr(Encodings, "latents", noted)
+    monkeypatch.setattr("lorafuse_train.loop.loss_sum", spoilt)
+    options: dict[str, Any] = {"train_batch_size": 1, "checkpointing_steps": 1, "gradient_accumulation_steps": 2}
+    with pytest.raises(LorafuseError) as caught:
+        run(world, tmp_path / "out", **options)
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    for part in (
+        f"step 3: the loss is inf and its gradient's norm nan, with {seen[5][0]}. ",
+        f"The last good checkpoint is {checkpoint}.",
+        f"--lora_checkpoint {checkpoint / FILE_NAME} goes on from its LoRA",
+    ):
+        assert part in str(caught.value)
+    run(world, tmp_path / "next", lora_checkpoint=checkpoint / FILE_NAME, learning_rate=1e-3)
+
+
 def test_a_lora_without_effect_is_an_error(world: Path, tmp_path: Path) -> None:
     with pytest.raises(LorafuseError, match="changes nothing"):
         run(world, tmp_path / "out", learning_rate=0)
@@ -74,14 +106,15 @@ def test_a_lora_without_effect_is_an_error(world: Path, tmp_path: Path) -> None:
 def test_a_lora_that_loads_differently_is_an_error(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The fault that diffusers does not tell: without `lora_adapter_metadata` it takes alpha = rank."""
+    """diffusers applies any alpha without a word."""
 
-    def poorer(*origin: Any) -> dict[str, str]:
-        return {key: text for key, text in lora_metadata(*origin).items() if key != "lora_adapter_metadata"}
+    def other(*origin: Any) -> dict[str, str]:
+        found = lora_metadata(*origin)
+        return {**found, "lora_adapter_metadata": found["lora_adapter_metadata"].replace('alpha": 4', 'alpha": 2')}
 
-    monkeypatch.setattr("lorafuse_train.train.lora_metadata", poorer)
+    monkeypatch.setattr("lorafuse_train.resume.lora_metadata", other)
     with pytest.raises(LorafuseError, match="something else than it did in training"):
-        run(world, tmp_path / "out", lora_alpha=1)
+        run(world, tmp_path / "out")
     assert not (tmp_path / "out" / FILE_NAME).exists()
 
 
@@ -104,7 +137,7 @@ def test_ctrl_c_leaves_no_half_written_file(
     assert status == 130
     assert capsys.readouterr().err.endswith("stopped by Ctrl-C; what was saved before is complete\n")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "checkpoint-2", "log.csv", "logs", "train_config.yaml",
+        "checkpoint-2", "logs", "metrics.csv", "metrics.jsonl", "train_config.yaml",
     ]  # fmt: skip
     load_file(tmp_path / "out" / "checkpoint-2" / FILE_NAME)
 

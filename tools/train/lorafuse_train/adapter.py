@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -21,8 +22,11 @@ from lorafuse_common.tensorfile import encode_header, read_header
 
 from .atomic import write_atomically
 from .base import Base, fused_loras
-from .config import OUTPUT, TrainConfig
-from .options import OPTIONS
+from .config import TrainConfig
+from .entry import OUTPUT
+from .options import OPTIONS, plain_value
+from .pissa import INITIAL, freeze_initial, start_from_components
+from .ranks import adapter_arguments, module_strengths
 from .targets import Targets
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
@@ -31,22 +35,60 @@ PREFIX = "transformer."
 ADAPTER = "default"
 
 
-def attach(transformer: Any, targets: Targets, config: TrainConfig) -> list[nn.Parameter]:
-    """Add a fresh LoRA (A random, B zero) with fp32 weights; returns its parameters, the only trainable ones."""
+def attach(transformer: Any, targets: Targets, config: TrainConfig) -> dict[str, nn.Parameter]:
+    """Add a LoRA that changes nothing yet, with fp32 weights; returns its parameters, the only trainable ones."""
+    strengths = module_strengths(targets, config)
+    arguments = adapter_arguments(
+        targets,
+        {module: strength.rank for module, strength in strengths.items()},
+        {module: strength.alpha for module, strength in strengths.items()},
+    )
+    init: bool | str = config.init_lora_weights
+    if config.init_lora_weights == "true" or config.starts_from_components or config.lora_checkpoint:
+        init = True
     lora = LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.alpha,
-        target_modules=list(targets.modules),
-        init_lora_weights=True,
+        **arguments,
+        lora_dropout=config.lora_dropout,
+        use_dora=config.use_dora,
+        use_rslora=config.use_rslora,
+        init_lora_weights=init,
     )
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         transformer.add_adapter(lora, ADAPTER)
-    parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    assert len(parameters) == 2 * len(targets.modules), "PEFT matched other modules than we named"
-    for parameter in parameters:  # PEFT gives them the base's dtype; bf16 would lose small updates
-        parameter.data = parameter.data.float()
+        if config.starts_from_components:
+            start_from_components(transformer, ADAPTER, lora, config.init_lora_weights)
+        parameters = {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
+        for parameter in parameters.values():  # PEFT gives them the base's dtype; bf16 would lose small updates
+            parameter.data = parameter.data.float()
+        _start_exactly(transformer, config)
+    expected = (3 if config.use_dora else 2) * len(targets.modules)
+    assert len(parameters) == expected, "PEFT matched other modules than we named"
+    transformer.eval()  # PEFT's new layers would drop inputs in samples, too
     return parameters
+
+
+@torch.no_grad()
+def _start_exactly(transformer: Any, config: TrainConfig) -> None:
+    """Repeat in fp32 what PEFT rounds to the base's dtype, where that would change what the model predicts."""
+    for module in transformer.modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        weight, a, b = module.get_base_layer().weight, module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
+        if config.init_lora_weights == "orthogonal" and weight.dtype != torch.float32:
+            for factor, value in zip((a, b), orthogonal_factors(len(b), a.shape[1], len(a)), strict=True):
+                factor.copy_(value)
+        if config.use_dora:
+            dora, delta = module.lora_magnitude_vector[ADAPTER], (b.flatten(1) @ a.flatten(1)).view_as(weight)
+            dora.weight.data = dora.get_weight_norm(weight.float(), delta, module.scaling[ADAPTER])
+
+
+def orthogonal_factors(rows: int, columns: int, rank: int) -> tuple[Tensor, Tensor]:
+    """A and B whose rows and columns lie in two halves of the ranks' space, so that B A = 0, as PEFT makes them."""
+    q, _ = torch.linalg.qr(torch.randn(rank, rank))
+    a = torch.randn(columns, rank // 2).mm(q[0::2]).T / 10.0
+    b = torch.randn(rank // 2, rows).T.mm(q[1::2]) / 10.0
+    return a, b
 
 
 @contextmanager
@@ -57,12 +99,48 @@ def without(transformer: Any) -> Iterator[None]:
         yield
     finally:
         transformer.enable_adapters()
+        freeze_initial(transformer)
+
+
+def adapter_parameters(transformer: Any) -> dict[str, nn.Parameter]:
+    """All that a training has in memory besides the base: what is trained, and what it started from."""
+    marks = (f".{ADAPTER}.", f".{INITIAL}.")
+    return {name: value for name, value in transformer.named_parameters() if any(mark in name for mark in marks)}
+
+
+@contextmanager
+def dropout(transformer: Any, share: float, seed: int) -> Iterator[None]:
+    """Within it, which must hold the backward pass too, the LoRA layers leave out inputs, drawn from `seed`."""
+    layers = [m.lora_dropout[ADAPTER] for m in transformer.modules() if isinstance(m, LoraLayer)] if share else []
+    if layers:
+        torch.manual_seed(seed)
+    for layer in layers:
+        layer.train()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.eval()
 
 
 def lora_state(transformer: Any) -> dict[str, Tensor]:
-    """The LoRA as diffusers names it: `transformer.X.lora_A.weight` (r, in) and `lora_B` (out, r), fp32, on the CPU."""
-    state = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
-    return {f"{PREFIX}{name}": tensor.detach().float().cpu().contiguous() for name, tensor in sorted(state.items())}
+    """The LoRA as diffusers names it: `transformer.X.lora_A.weight` (r, in) and `lora_B` (out, r), fp32, on the CPU.
+
+    Its scale is in B, so that readers who know no alpha, or take it for the rank, apply it as it was trained.
+    """
+    found: dict[str, Tensor] = {}
+    scales = {name: m.scaling[ADAPTER] for name, m in transformer.named_modules() if isinstance(m, LoraLayer)}
+    has_initial = INITIAL in transformer.peft_config
+    initial = get_peft_model_state_dict(transformer, adapter_name=INITIAL) if has_initial else {}
+    for name, tensor in sorted(get_peft_model_state_dict(transformer, adapter_name=ADAPTER).items()):
+        module, _, factor = name.rpartition(".lora_")
+        value = tensor.detach().float()
+        if name in initial:  # rows of A, columns of B
+            value = torch.cat([value, initial[name].float()], 0 if factor == "A.weight" else 1)
+        if factor == "B.weight" and scales[module] != 1:
+            value = value * scales[module]
+        found[f"{PREFIX}{name}"] = value.cpu().contiguous()
+    return found
 
 
 def save_lora(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -78,18 +156,23 @@ def save_lora(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, st
     write_atomically(path, write)
 
 
-def lora_metadata(base: Base, targets: Targets, config: TrainConfig, steps: int) -> dict[str, str]:
-    """The header of the LoRA file: what diffusers needs to scale it, and what it was trained on.
+def lora_metadata(
+    base: Base, targets: Targets, config: TrainConfig, steps: int, start: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """The header of the LoRA file: what diffusers needs to load it, and what it was trained on.
 
-    Without `lora_adapter_metadata` diffusers takes alpha = rank, at the wrong strength and without a word. No clocks,
+    Its alphas are its ranks, for the scale is in B. `start` is the record of the LoRA that it started from. No clocks,
     hosts or paths: the same run gives the same bytes.
     """
     manifest = base.manifest
-    adapter = {
-        f"{PREFIX}r": config.lora_rank,
-        f"{PREFIX}lora_alpha": config.alpha,
-        f"{PREFIX}target_modules": list(targets.modules),
+    ranks = {
+        module: strength.rank * (2 if config.starts_from_components else 1)
+        for module, strength in module_strengths(targets, config).items()
     }
+    arguments = adapter_arguments(targets, ranks, {module: float(rank) for module, rank in ranks.items()})
+    if config.use_dora:
+        arguments["use_dora"] = True
+    adapter = {f"{PREFIX}{name}": value for name, value in arguments.items() if value}
     ours = {
         "version": __version__,
         "family": base.family.name,
@@ -99,10 +182,11 @@ def lora_metadata(base: Base, targets: Targets, config: TrainConfig, steps: int)
             for lora in (fused_loras(manifest) if manifest else ())
         ],
         "schedule": dataclasses.asdict(manifest.schedule) if manifest and manifest.schedule else None,
+        "started_from": start,
         "steps": steps,
         # Paths say where things lie on one machine, and how a run was split up says nothing about the LoRA either.
         "config": {
-            name: getattr(config, name)
+            name: plain_value(config, name)
             for name, option in OPTIONS.items()
             if option.kind is not Path and option.entry.panel != OUTPUT
         },
@@ -150,7 +234,7 @@ def load_back(transformer: Any, pipeline: Path, file: Path) -> None:
 def lora_parameters(transformer: Any) -> dict[str, nn.Parameter]:
     """The LoRA's own parameters, under the names they have in a file."""
     return {
-        f"{PREFIX}{name.replace(f'.{ADAPTER}.', '.')}": parameter
+        f"{PREFIX}{name.replace(f'.{ADAPTER}.', '.').replace('vector.weight', 'vector')}": parameter
         for name, parameter in transformer.named_parameters()
         if f".{ADAPTER}." in name
     }

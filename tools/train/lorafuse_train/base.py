@@ -84,7 +84,7 @@ def open_base(config: TrainConfig) -> Base:
     model_config = read_json(transformer / "config.json")
     if model_config is None or "_class_name" not in model_config:
         raise CheckpointError(f"{transformer}: no config.json with a _class_name; expected a diffusers model folder")
-    dtype = stored_dtype(transformer) if config.base_dtype == "auto" else DTYPES[config.base_dtype]
+    dtype = DTYPES.get(config.base_dtype) or trainable_dtype(stored_dtype(transformer))
     records = manifest.outputs if manifest else _hash_weights(checkpoint.files)
     return Base(
         folder,
@@ -96,6 +96,11 @@ def open_base(config: TrainConfig) -> Base:
         manifest,
         weights_sha256(records, component),
     )
+
+
+def trainable_dtype(stored: torch.dtype) -> torch.dtype:
+    """What weights so stored are trained in: gradients of a mean over a picture are too small for fp16's range."""
+    return torch.bfloat16 if stored is torch.float16 else stored
 
 
 def _hash_weights(files: tuple[TensorFile, ...]) -> tuple[FileRecord, ...]:
@@ -175,10 +180,11 @@ def check_parts(base: Base, recipe: Recipe, original: Path | None) -> None:
     Raises:
         CheckpointError: listing every missing folder, and an `original` of another architecture.
     """
+    absent = absent_parts(base.pipeline, recipe)
     faults = [
         f"{base.pipeline}: no folder {part!r}, which this family needs"
         for part in (*PARTS, *recipe.text_parts)
-        if not (base.pipeline / part).is_dir()
+        if part not in absent and not (base.pipeline / part).is_dir()
     ]
     if original is not None:
         found = (read_json(original_transformer(original) / "config.json") or {}).get("_class_name")
@@ -186,6 +192,12 @@ def check_parts(base: Base, recipe: Recipe, original: Path | None) -> None:
             faults.append(f"--original_model {original}: has a {found}, expected a {base.config['_class_name']}")
     if faults:
         raise CheckpointError("\n".join(faults))
+
+
+def absent_parts(pipeline: Path, recipe: Recipe) -> tuple[str, ...]:
+    """The optional parts that the pipeline is without; diffusers loads it only if told None for each."""
+    index = read_json(pipeline / "model_index.json") or {}
+    return tuple(part for part in recipe.optional_parts if index.get(part, [None, None]) == [None, None])
 
 
 def original_transformer(folder: Path) -> Path:

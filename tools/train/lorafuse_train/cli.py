@@ -12,7 +12,9 @@ import typer
 
 from lorafuse_common.errors import LorafuseError
 
-from .options import KINDS, OPTIONS, Option, resolve_config
+from .console import only_errors
+from .option import Option
+from .options import OPTIONS, resolve_config
 
 app = typer.Typer(
     add_completion=False,
@@ -34,10 +36,10 @@ def _parameter(option: Option) -> inspect.Parameter:
     text = entry.help + (f" One of: {', '.join(entry.choices)}." if len(entry.choices) > 1 else "")
     if option.required:
         text += " Required."
-    elif option.default not in (None, (), "", " ") and option.kind is not bool:
+    elif option.default not in (None, "", " ") and option.kind is not bool and not option.many:
         text += f" Default: {option.default}."
     names = [f"--{option.name}"] if option.kind is not bool else [f"--{option.name}/--no_{option.name}"]
-    metavar = None if option.kind is bool else KINDS[option.kind].metavar
+    metavar = None if option.kind is bool else option.metavar
     info = typer.Option(*names, help=text, rich_help_panel=entry.panel, show_default=False, metavar=metavar)
     plain: Any = bool if option.kind is bool else list[str] if option.many else str
     return inspect.Parameter(
@@ -61,7 +63,8 @@ def train(**given: Any) -> None:
     Every option can also stand in the YAML file given by --config. Names may be written with dashes.
     """
     config = resolve_config(given)
-    from .train import Stopped, run  # imports torch and diffusers, which `--help` should not wait for
+    with only_errors():  # transformers warns of classes for which it would like torchvision
+        from .train import Stopped, run  # imports torch and diffusers, which `--help` should not wait for
 
     try:
         run(config)
@@ -71,6 +74,20 @@ def train(**given: Any) -> None:
     except Stopped as stopped:
         _complain(f"lorafuse-train: {stopped}")
         raise typer.Exit(stopped.status) from None
+
+
+@app.command("show-timesteps")
+@_with_options
+def show_timesteps(**given: Any) -> None:
+    """Draw the noise levels that a training with these options would draw, without loading any weights.
+
+    Writes timesteps.png to --output_path, with the few-step schedule of the base marked.
+    """
+    config = resolve_config(given)
+    with only_errors():
+        from .histogram import show_timesteps as show
+
+    show(config)
 
 
 def main() -> None:

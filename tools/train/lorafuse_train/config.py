@@ -2,65 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-BASE, DATA, LORA, TRAINING, MEMORY, SAMPLES, OUTPUT = (
-    "Base",
-    "Dataset",
-    "LoRA",
-    "Training",
-    "Precision and memory",
-    "Samples",
-    "Output",
-)
-LR_SCHEDULERS = (
-    "constant_with_warmup",
-    "constant",
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
-)
+from .config_training import LoraOptions, NoiseOptions, OptimizerOptions, TrainingOptions
+from .entry import BASE, DATA, MEMORY, NOT_NEGATIVE, ONE_OR_MORE, OUTPUT, SAMPLES, SEED, Entry
 
-
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """The values a number may take: `low` itself only where it is not `open`; `high` always."""
-
-    low: float
-    high: float = float("inf")
-    open: bool = False
-
-    def __contains__(self, value: float) -> bool:
-        return (value > self.low if self.open else value >= self.low) and value <= self.high
-
-    def __str__(self) -> str:
-        low = f"above {self.low:g}" if self.open else f"at least {self.low:g}"
-        return low if self.high == float("inf") else f"{low} and at most {self.high:g}"
-
-
-POSITIVE, NOT_NEGATIVE, SHARE = Bounds(0, open=True), Bounds(0), Bounds(0, 1)
-ONE_OR_MORE = Bounds(1)
-SEED = Bounds(0, 2**63 - 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """What an option has besides its type and default."""
-
-    panel: str
-    """Its heading in `--help`."""
-    help: str
-    choices: tuple[str, ...] = ()
-    """The values it may take; any where empty."""
-    bounds: Bounds | None = None
+TRACKERS = ("tensorboard", "wandb", "trackio")
+NO_TRACKER = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Everything a training can be told; built by `options.resolve_config`, which checks it."""
+class BaseOptions:
+    """The frozen base."""
 
     fused_model: Annotated[Path, Entry(BASE, "Folder that `lorafuse fuse` wrote: a pipeline or a transformer.")]
     lora_fused: Annotated[
@@ -77,6 +33,11 @@ class TrainConfig:
     original_model: Annotated[
         Path | None, Entry(BASE, "Pipeline folder of the base before fusing; adds its pictures to the final grid.")
     ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """The pictures and their captions."""
 
     dataset_base_path: Annotated[Path, Entry(DATA, "Folder that holds the pictures.")]
     dataset_metadata_path: Annotated[
@@ -105,60 +66,16 @@ class TrainConfig:
         Entry(DATA, "Where latents and text embeddings are kept. Default: <dataset_base_path>/.lorafuse_cache"),
     ] = None
 
-    lora_base_model: Annotated[str, Entry(LORA, "The part that gets the LoRA.", choices=("dit",))] = "dit"
-    lora_target_modules: Annotated[
-        str, Entry(LORA, "`preset`, name endings such as `to_q,to_k`, or `regex:PATTERN` for full names.")
-    ] = "preset"
-    lora_rank: Annotated[int, Entry(LORA, "Rank of the new LoRA.", bounds=ONE_OR_MORE)] = 32
-    lora_alpha: Annotated[float | None, Entry(LORA, "Its scale is alpha/rank. Default: the rank.", bounds=POSITIVE)] = (
-        None
-    )
-    trainable_models: Annotated[str, Entry(LORA, "Must be empty: a LoRA is trained, never the whole model.")] = ""
 
-    task: Annotated[str, Entry(TRAINING, "sft: flow matching on pictures with captions.", choices=("sft",))] = "sft"
-    learning_rate: Annotated[float, Entry(TRAINING, "Peak learning rate.", bounds=NOT_NEGATIVE)] = 1e-4
-    num_epochs: Annotated[int, Entry(TRAINING, "Passes over the dataset.", bounds=ONE_OR_MORE)] = 1
-    max_train_steps: Annotated[
-        int | None, Entry(TRAINING, "Optimiser steps; decides over --num_epochs where given.", bounds=ONE_OR_MORE)
-    ] = None
-    train_batch_size: Annotated[int, Entry(TRAINING, "Pictures in one pass, of one size.", bounds=ONE_OR_MORE)] = 1
-    gradient_accumulation_steps: Annotated[
-        int, Entry(TRAINING, "Passes in one optimiser step.", bounds=ONE_OR_MORE)
-    ] = 1
-    lr_scheduler: Annotated[str, Entry(TRAINING, "Course of the learning rate.", choices=LR_SCHEDULERS)] = (
-        "constant_with_warmup"
-    )
-    lr_warmup_steps: Annotated[
-        int | None,
-        Entry(TRAINING, "Steps until the peak. Default: a tenth of the run, at most 50.", bounds=NOT_NEGATIVE),
-    ] = None
-    adam_beta1: Annotated[float, Entry(TRAINING, "AdamW beta1.", bounds=SHARE)] = 0.9
-    adam_beta2: Annotated[float, Entry(TRAINING, "AdamW beta2.", bounds=SHARE)] = 0.999
-    adam_weight_decay: Annotated[float, Entry(TRAINING, "AdamW weight decay.", bounds=NOT_NEGATIVE)] = 0.01
-    adam_epsilon: Annotated[float, Entry(TRAINING, "AdamW epsilon.", bounds=POSITIVE)] = 1e-8
-    max_grad_norm: Annotated[float, Entry(TRAINING, "Longer gradients are cut to this norm.", bounds=POSITIVE)] = 1.0
-    weighting_scheme: Annotated[
-        str,
-        Entry(
-            TRAINING,
-            "Density of the noise level before its shift: logit_normal, or none for uniform.",
-            choices=("logit_normal", "none"),
-        ),
-    ] = "logit_normal"
-    logit_mean: Annotated[float, Entry(TRAINING, "Mean of the logit-normal density.")] = 0.0
-    logit_std: Annotated[float, Entry(TRAINING, "Width of the logit-normal density.", bounds=POSITIVE)] = 1.0
-    timestep_shift: Annotated[
-        float | None,
-        Entry(
-            TRAINING,
-            "s in sigma = s u / (1 + (s - 1) u). Default: what the pipeline's scheduler uses at the picture's size.",
-            bounds=POSITIVE,
-        ),
-    ] = None
-    seed: Annotated[int, Entry(TRAINING, "Decides order, noise and initial weights.", bounds=SEED)] = 42
+@dataclass(frozen=True, kw_only=True)
+class MemoryOptions:
+    """Precision and memory."""
 
     base_dtype: Annotated[
-        str, Entry(MEMORY, "Precision of the frozen base; auto: as stored.", choices=("auto", "bf16", "fp32"))
+        str,
+        Entry(
+            MEMORY, "Precision of the frozen base; auto: as stored, or bf16 for fp16.", choices=("auto", "bf16", "fp32")
+        ),
     ] = "auto"
     mixed_precision: Annotated[
         str,
@@ -168,7 +85,31 @@ class TrainConfig:
             choices=("auto", "bf16", "no"),
         ),
     ] = "auto"
-    use_gradient_checkpointing: Annotated[bool, Entry(MEMORY, "Half the memory for a third more time.")] = False
+    use_gradient_checkpointing: Annotated[
+        bool, Entry(MEMORY, "Compute activations again instead of keeping them: a third more time, far less memory.")
+    ] = False
+    max_memory: Annotated[
+        str | None,
+        Entry(
+            MEMORY,
+            "Refuse, before the weights are loaded, a training that needs more than this, such as 24GB.",
+            form=r"(?i)\d+(\.\d+)?\s*([GM]i?B?)?",
+            expected="a size such as 24GB or 22.5GiB",
+        ),
+    ] = None
+
+    @property
+    def max_memory_bytes(self) -> int | None:
+        """`--max_memory` in bytes; GB are 1000^3, GiB are 1024^3."""
+        found = re.match(r"([\d.]+)\s*([gm]?)(i?)", self.max_memory.lower()) if self.max_memory else None
+        if found is None:
+            return None
+        return int(float(found[1]) * (1024 if found[3] else 1000) ** (2 if found[2] == "m" else 3))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions:
+    """The pictures that are drawn during a training."""
 
     validation_prompt: Annotated[
         tuple[str, ...],
@@ -184,6 +125,11 @@ class TrainConfig:
     validation_negative_prompt: Annotated[str, Entry(SAMPLES, "What the guidance leads away from.")] = " "
     validation_seed: Annotated[int, Entry(SAMPLES, "Seed of the noise the pictures start from.", bounds=SEED)] = 0
 
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """What is written, and where."""
+
     output_path: Annotated[Path, Entry(OUTPUT, "Folder for LoRA, logs and samples.")]
     overwrite_output_dir: Annotated[bool, Entry(OUTPUT, "Train again where --output_path holds a LoRA.")] = False
     checkpointing_steps: Annotated[
@@ -197,36 +143,35 @@ class TrainConfig:
         str | None,
         Entry(OUTPUT, "Go on from `latest` in --output_path (a fresh start where there is none) or from this folder."),
     ] = None
+    report_to: Annotated[
+        tuple[str, ...],
+        Entry(
+            OUTPUT,
+            "Where the metrics go besides metrics.csv and metrics.jsonl. Repeatable. Default: tensorboard.",
+            choices=(*TRACKERS, NO_TRACKER),
+        ),
+    ] = ("tensorboard",)
+    tracker_project_name: Annotated[str, Entry(OUTPUT, "The project that wandb and trackio file a run under.")] = (
+        "lorafuse"
+    )
     config: Annotated[Path | None, Entry(OUTPUT, "YAML file with these options; the command line wins.")] = None
 
-    @property
-    def alpha(self) -> float:
-        """The LoRA's alpha; its rank where the user gave none."""
-        return float(self.lora_rank) if self.lora_alpha is None else self.lora_alpha
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(  # dataclasses collect fields from the last class to the first
+    OutputOptions,
+    SampleOptions,
+    MemoryOptions,
+    NoiseOptions,
+    OptimizerOptions,
+    TrainingOptions,
+    LoraOptions,
+    DataOptions,
+    BaseOptions,
+):
+    """Everything a training can be told; built by `options.resolve_config`, which checks it."""
 
     @property
     def cache(self) -> Path:
         """The cache's folder."""
         return self.cache_dir or self.dataset_base_path / ".lorafuse_cache"
-
-    def warmup_steps(self, total_steps: int) -> int:
-        """Steps until the learning rate's peak in a run of `total_steps`."""
-        if self.lr_scheduler == "constant":
-            return 0
-        return min(50, total_steps // 10) if self.lr_warmup_steps is None else self.lr_warmup_steps
-
-
-def conflicts(config: TrainConfig) -> list[tuple[tuple[str, ...], str]]:
-    """Everything in the options that contradicts itself: the options, and what to do."""
-    faults: list[tuple[tuple[str, ...], str]] = []
-    if config.trainable_models:
-        faults.append((("trainable_models",), "must be empty; a LoRA is trained here, never the whole model"))
-    if (config.height is None) != (config.width is None):
-        faults.append((("height", "width"), "give both, or neither and --max_pixels"))
-    if config.lr_scheduler == "constant" and config.lr_warmup_steps:
-        faults.append((("lr_warmup_steps",), "'constant' has no warm-up; use --lr_scheduler constant_with_warmup"))
-    if not config.lora_target_modules.strip():
-        faults.append((("lora_target_modules",), "is empty; give `preset`, name endings or `regex:PATTERN`"))
-    if any(not prompt.strip() for prompt in config.validation_prompt):
-        faults.append((("validation_prompt",), "is empty"))
-    return faults

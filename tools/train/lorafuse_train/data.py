@@ -32,6 +32,7 @@ class Row:
     """What to call it in a message: `row 3`, `line 4`, or a file's name."""
     path: Path
     caption: str
+    mask: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,8 @@ class Sample:
     """Of the file's bytes."""
     size: tuple[int, int]
     """(height, width) it trains at."""
+    mask: Path | None = None
+    """The file that says which parts of it are learned, where there is one."""
 
 
 def read_dataset(config: TrainConfig, geometry: Geometry) -> list[Sample]:
@@ -60,7 +63,7 @@ def read_dataset(config: TrainConfig, geometry: Geometry) -> list[Sample]:
         raise DatasetError(f"--height {height} --width {width}: both must be multiples of {geometry.multiple}")
     faults: list[str] = []
     source = _metadata_path(config)
-    rows = list(_sidecar_rows(root, faults) if source is None else _metadata_rows(root, source, faults))
+    rows = list(_sidecar_rows(root, faults) if source is None else _metadata_rows(config, source, faults))
     if not rows and not faults:
         raise DatasetError(f"{source or root}: no pictures. {_expectation()}")
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -94,8 +97,9 @@ def _metadata_path(config: TrainConfig) -> Path | None:
     return found[0] if found else None
 
 
-def _metadata_rows(root: Path, source: Path, faults: list[str]) -> Iterator[Row]:
+def _metadata_rows(config: TrainConfig, source: Path, faults: list[str]) -> Iterator[Row]:
     """The rows of a metadata file; broken ones go to `faults` instead."""
+    root, mask_key = config.dataset_base_path, config.mask_column
     for label, entry in _entries(source, faults):
         lacking = [key for key in (IMAGE, PROMPT) if not isinstance(entry.get(key), str)]
         if None in entry:
@@ -105,7 +109,8 @@ def _metadata_rows(root: Path, source: Path, faults: list[str]) -> Iterator[Row]
         elif not entry[IMAGE].strip():
             faults.append(f"{label}: {IMAGE!r} is empty")
         else:
-            yield Row(label, root / entry[IMAGE].strip(), entry[PROMPT].strip())
+            mask = str(entry.get(mask_key) or "").strip() if mask_key else ""
+            yield Row(label, root / entry[IMAGE].strip(), entry[PROMPT].strip(), root / mask if mask else None)
 
 
 def _entries(source: Path, faults: list[str]) -> Iterator[tuple[str, dict[Any, Any]]]:
@@ -178,7 +183,7 @@ def _check(row: Row, geometry: Geometry) -> Sample | str:
         picture = open_picture(raw)
         size = geometry.size(picture.height, picture.width)
         if 0 not in size and not faults:
-            return Sample(row.path, row.caption, hashlib.sha256(raw).hexdigest(), size)
+            return Sample(row.path, row.caption, hashlib.sha256(raw).hexdigest(), size, row.mask)
         if 0 in size:
             found = f"{picture.width}x{picture.height}"
             faults.append(f"{row.path}: is {found} pixels; both sides need at least {geometry.multiple}")

@@ -15,7 +15,7 @@ from torch import Tensor
 from lorafuse_common.errors import DatasetError, OutputError
 
 from .cache import Cache, intact, load, store
-from .console import progress, say
+from .console import only_errors, progress, say
 from .data import Sample
 from .pictures import open_picture, to_pixels
 from .plan import Plan
@@ -90,7 +90,8 @@ def _encode_texts(recipe: Recipe, pipeline: Path, missing: dict[Path, str], devi
     encoder = recipe.load_text_encoder(pipeline, device)
     cut = 0
     for path, text in progress(missing.items(), len(missing), "encoding texts"):
-        encoded = recipe.encode_text(encoder, text)
+        with only_errors():
+            encoded = recipe.encode_text(encoder, text)
         cut += recipe.is_cut(encoded)
         store(path, encoded)
     if cut:

@@ -20,7 +20,7 @@ from .encode import Encodings, free
 from .grid import LabelledRow, draw_grid
 from .pictures import to_picture
 from .precision import Precision
-from .recipes.recipe import Recipe
+from .recipes.recipe import Guidance, Recipe
 from .sample import Prompts, Schedule, draw_row, starting_noise
 
 MOST_COLUMNS = 8
@@ -56,10 +56,17 @@ def choose_schedules(
     config: TrainConfig, base: Base, recipe: Recipe, latent: tuple[int, int, int]
 ) -> tuple[Schedule, ...]:
     """The few-step schedule that the manifest records, where there is one, and the long one."""
-    steps = config.validation_inference_steps
-    long = Schedule(recipe.sigmas(base.pipeline, steps, latent), config.validation_guidance_scale)
+    kind = recipe.guidance(base.pipeline, base.config)
+    embedded = kind is Guidance.EMBEDDED
+    scale = 1.0 if kind is Guidance.NONE else config.validation_guidance_scale
+    sigmas = recipe.sigmas(base.pipeline, config.validation_inference_steps, latent)
+    long = Schedule(sigmas, scale, embedded)
     few = base.manifest.schedule if base.manifest else None
-    return (Schedule(few.sigmas, few.guidance_scale), long) if few else (long,)
+    if few is None:
+        return (long,)
+    # A manifest's 1 means one prediction a step; that says nothing of what a model is told.
+    unsaid = kind is Guidance.NONE or (embedded and few.guidance_scale == 1)
+    return Schedule(few.sigmas, scale if unsaid else few.guidance_scale, embedded), long
 
 
 @dataclass

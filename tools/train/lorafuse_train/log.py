@@ -1,8 +1,10 @@
-"""The record of a run: log.csv, TensorBoard and what the terminal shows."""
+"""The record of a run: metrics.csv, metrics.jsonl, the trackers, and what the terminal shows."""
 
 from __future__ import annotations
 
 import collections
+import dataclasses
+import json
 import statistics
 import sys
 import time
@@ -12,32 +14,57 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 from tqdm import tqdm
 
+from .config import TrainConfig
 from .console import SECONDS_BETWEEN_LINES, is_main, say
+from .trackers import Trackers, open_trackers
 
-COLUMNS = "step,loss,lr,seconds"
+CSV, JSONL = "metrics.csv", "metrics.jsonl"
+GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One optimiser step."""
+    """One optimizer step."""
 
     step: int
     """Counted from 1."""
+    epoch: float
+    """Passes over the data set that are done."""
     loss: float
     lr: float
     grad_norm: float
     """Before clipping."""
 
 
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What the files hold of a step; all but the last three are the same whenever and wherever it is run."""
+
+    step: int
+    epoch: float
+    loss: float
+    lr: float
+    grad_norm: float
+    images_per_second: float
+    seconds: float
+    peak_memory_gib: float
+
+
+COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
+
+
 @dataclass
 class Log:
-    """Takes a record after every step; does nothing but on the main process."""
+    """Takes a record after every step."""
 
     total: int
+    device: torch.device
     csv: TextIO
-    board: Any
+    jsonl: TextIO
+    trackers: Trackers
     bar: Any
     _last: float = field(default_factory=time.monotonic)
     _told: float = field(default_factory=time.monotonic)
@@ -48,31 +75,60 @@ class Log:
         """Do not count what happened between two steps, such as drawing samples."""
         self._last = time.monotonic()
 
-    def add(self, record: StepRecord) -> None:
-        """Write one step everywhere."""
+    def add(self, record: StepRecord, pictures: int) -> None:
+        """Write a step of so many pictures everywhere."""
         now = time.monotonic()
         seconds, self._last = now - self._last, now
         self._recent.append(record.loss)
         self._seconds.append(seconds)
-        self.csv.write(f"{record.step},{record.loss!r},{record.lr!r},{seconds:.4f}\n")
-        self.csv.flush()
-        for name in ("loss", "lr", "grad_norm"):
-            self.board.add_scalar(f"train/{name}", getattr(record, name), record.step)
-        self.board.add_scalar("train/seconds", seconds, record.step)
-        self._show(record)
+        row = Row(
+            **dataclasses.asdict(record),
+            images_per_second=round(pictures / max(seconds, 1e-9), 3),
+            seconds=round(seconds, 4),
+            peak_memory_gib=round(peak_memory(self.device) / GIB, 3),
+        )
+        values = dataclasses.asdict(row)
+        self.csv.write(",".join(map(repr, values.values())) + "\n")
+        self.jsonl.write(json.dumps(values) + "\n")
+        for file in (self.csv, self.jsonl):
+            file.flush()
+        self.trackers.log({name: value for name, value in values.items() if name != "step"}, row.step)
+        self._show(row)
 
-    def _show(self, record: StepRecord) -> None:
+    def picture(self, name: str, file: Path, step: int) -> None:
+        """Show a picture in the trackers."""
+        self.trackers.picture(name, file, step)
+
+    def end_bar(self) -> None:
+        """Leave the progress bar as it is; what follows are lines."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def _show(self, row: Row) -> None:
         loss, pace = statistics.fmean(self._recent), statistics.fmean(self._seconds)
         if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {loss:.4f}, lr {record.lr:.2e}", refresh=False)
+            self.bar.set_postfix_str(f"loss {loss:.4f}, lr {row.lr:.2e}", refresh=False)
             self.bar.update()
-        elif record.step in (1, self.total) or self._last - self._told > SECONDS_BETWEEN_LINES:
+        elif row.step in (1, self.total) or self._last - self._told > SECONDS_BETWEEN_LINES:
             self._told = self._last
-            left = pace * (self.total - record.step)
+            left = pace * (self.total - row.step)
             say(
-                f"step {record.step}/{self.total}  loss {loss:.4f}  lr {record.lr:.2e}  "
+                f"step {row.step}/{self.total}  loss {loss:.4f}  lr {row.lr:.2e}  "
                 f"{pace:.2f} s/step  {_clock(left)} left"
             )
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that were in use: the tensors' on a GPU, the process's on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    # Linux counts it in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _clock(seconds: float) -> str:
@@ -80,28 +136,30 @@ def _clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
 
 
-def _rows(path: Path, done: int) -> list[str]:
-    """What an interrupted run recorded of the steps that are kept."""
-    lines = path.read_text(encoding="utf-8").splitlines()[1:] if done and path.is_file() else []
-    return [line for line in lines if int(line.split(",")[0]) <= done]
+def _kept(path: Path, done: int) -> list[str]:
+    """The lines that an interrupted run wrote of the steps that are kept."""
+    lines = path.read_text(encoding="utf-8").splitlines() if done and path.is_file() else []
+    if path.suffix == ".csv":
+        return [line for line in lines[1:] if int(line.split(",")[0]) <= done]
+    return [line for line in lines if json.loads(line)["step"] <= done]
 
 
 @contextmanager
-def open_log(folder: Path, total: int, done: int = 0) -> Iterator[Log | None]:
-    """Write `folder/log.csv` and `folder/logs/` from step `done` on; None on processes that keep no record."""
+def open_log(config: TrainConfig, total: int, done: int, device: torch.device) -> Iterator[Log | None]:
+    """Keep the record from step `done` on; None on processes that keep none."""
     if not is_main():
         yield None
         return
-    from torch.utils.tensorboard import SummaryWriter
-
+    folder = config.output_path
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        earlier = _rows(folder / "log.csv", done)
-        csv = stack.enter_context((folder / "log.csv").open("w", encoding="utf-8"))
-        csv.write("\n".join([COLUMNS, *earlier, ""]))
-        board = SummaryWriter(str(folder / "logs"), purge_step=done)
-        stack.callback(board.close)
+        files = []
+        for name, head in ((CSV, [",".join(COLUMNS)]), (JSONL, [])):
+            lines = [*head, *_kept(folder / name, done)]
+            files.append(stack.enter_context((folder / name).open("w", encoding="utf-8")))
+            files[-1].write("".join(f"{line}\n" for line in lines))
+        trackers = stack.enter_context(open_trackers(config, done))
         bar = tqdm(total=total, initial=done, desc="training", unit="step") if sys.stderr.isatty() else None
-        if bar is not None:
-            stack.callback(bar.close)
-        yield Log(total, csv, board, bar)
+        log = Log(total, device, files[0], files[1], trackers, bar)
+        stack.callback(log.end_bar)
+        yield log

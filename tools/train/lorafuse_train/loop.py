@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +15,19 @@ from torch import Tensor, nn
 
 from lorafuse_common.errors import LorafuseError
 
+from .adapter import FILE_NAME, dropout
+from .ema import Ema
 from .encode import Encodings
 from .log import Log, StepRecord
-from .objective import NoiseLevels, add_noise, draw, loss_sum
-from .order import MicroBatch, Order
+from .objective import add_noise, draw, drops_caption, loss_sum
+from .optimizers import build_optimizer
+from .order import MicroBatch, Order, seed_for
 from .plan import Plan
 from .precision import Precision
-from .state import LoopState
+from .state import LoopState, checkpoints
+from .timesteps import loss_weights
+
+MOST_NAMES = 8
 
 
 @dataclass(frozen=True)
@@ -29,33 +36,29 @@ class Training:
 
     plan: Plan
     transformer: Any
-    parameters: Sequence[nn.Parameter]
+    parameters: Mapping[str, nn.Parameter]
+    """What is trained, by its name in the model."""
     encodings: Encodings
     order: Order
-    shifts: Mapping[tuple[int, int], float]
-    """Timestep shift by picture size."""
     total_steps: int
     precision: Precision
     accelerator: Accelerator
 
 
 def start(training: Training) -> LoopState:
-    """Optimiser and learning-rate schedule before the first step."""
-    config = training.plan.config
-    optimizer = torch.optim.AdamW(
-        training.parameters,
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
-    )
+    """Optimizer, learning-rate schedule and moving average before the first step."""
+    config, parameters = training.plan.config, training.parameters
+    optimizer = build_optimizer(config, parameters.values())
     lr_scheduler = get_scheduler(
         config.lr_scheduler,
         optimizer,
         num_warmup_steps=config.warmup_steps(training.total_steps),
         num_training_steps=training.total_steps,
+        num_cycles=config.lr_num_cycles,
+        power=config.lr_power,
     )
-    return LoopState(optimizer, lr_scheduler)
+    ema = Ema(parameters, config.ema_decay, config.ema_update_after_step) if config.ema_decay else None
+    return LoopState(optimizer, lr_scheduler, ema)
 
 
 def fit(training: Training, state: LoopState, log: Log | None, after_step: Callable[[], bool]) -> None:
@@ -71,39 +74,59 @@ def fit(training: Training, state: LoopState, log: Log | None, after_step: Calla
         micro_batches = training.order.step(step)
         pictures = sum(len(micro.samples) for micro in micro_batches)
         loss = torch.zeros((), device=training.precision.device)
+        parts: dict[MicroBatch, Tensor] = {}
         for micro in micro_batches[accelerator.process_index :: accelerator.num_processes]:
-            part = _loss_sum(training, step, micro) / pictures
-            part.backward()  # type: ignore[no-untyped-call]  # torch's is untyped
-            loss += part.detach()
+            with dropout(
+                training.transformer, config.lora_dropout, seed_for("dropout", config.seed, step, micro.first)
+            ):
+                part = _loss_sum(training, step, micro) / pictures
+                part.backward()  # type: ignore[no-untyped-call]  # torch's is untyped
+            parts[micro] = part.detach()
+            loss += parts[micro]
         loss = _summed(training, loss)
-        grad_norm = nn.utils.clip_grad_norm_(training.parameters, config.max_grad_norm)
-        _require_finite(step + 1, loss, grad_norm)
-        lr = lr_scheduler.get_last_lr()[0]
+        grad_norm = nn.utils.clip_grad_norm_(training.parameters.values(), config.max_grad_norm or math.inf)
+        if not (math.isfinite(loss.item()) and math.isfinite(grad_norm.item())):
+            faulty = [micro for micro, part in parts.items() if not math.isfinite(part.item())]
+            raise LorafuseError(_not_finite(training, step + 1, loss, grad_norm, faulty or micro_batches))
+        lr = _rate(optimizer)
+        torch.manual_seed(seed_for("update", config.seed, step))  # for optimizers that round by chance
         optimizer.step()
         lr_scheduler.step()
         optimizer.zero_grad()
         state.step = step + 1
+        if state.ema:
+            state.ema.update(state.step)
         # -----------------------------------------------------------------------------------------
         if log:
-            log.add(StepRecord(state.step, loss.item(), lr, grad_norm.item()))
+            epoch = round(state.step / training.order.steps_per_epoch, 4)
+            log.add(StepRecord(state.step, epoch, loss.item(), lr, grad_norm.item()), pictures)
         if after_step():
             return
 
 
+def _rate(optimizer: torch.optim.Optimizer) -> float:
+    """The rate of the next update; Prodigy multiplies what the schedule says with a factor of its own."""
+    group = optimizer.param_groups[0]
+    return float(group["lr"]) * float(group.get("d", 1))
+
+
 def _loss_sum(training: Training, step: int, micro: MicroBatch) -> Tensor:
     """The summed loss of one micro-batch, shape (), with a graph to the LoRA's weights."""
-    config, recipe, precision = training.plan.config, training.plan.recipe, training.precision
-    samples = [training.plan.samples[index] for index in micro.samples]
-    levels = NoiseLevels(config.weighting_scheme, config.logit_mean, config.logit_std)
+    plan, config, precision = training.plan, training.plan.config, training.precision
+    samples = [plan.samples[index] for index in micro.samples]
     x0 = torch.stack([training.encodings.latents(sample) for sample in samples])  # (B, C, h, w)
-    condition = recipe.collate([training.encodings.caption(sample.caption) for sample in samples])
-    random = draw(
-        levels, training.shifts[samples[0].size], tuple(x0.shape[1:]), config.seed, step, micro.first, len(x0)
-    )
+    captions = [
+        "" if drops_caption(config.caption_dropout, config.seed, step, place) else sample.caption
+        for place, sample in enumerate(samples, micro.first)
+    ]
+    condition = plan.recipe.collate([training.encodings.caption(text) for text in captions])
+    shift = plan.shifts[samples[0].size]
+    random = draw(plan.levels, shift, tuple(x0.shape[1:]), config.seed, step, micro.first, len(x0))
     x0, noise, sigma = (tensor.to(precision.device) for tensor in (x0, random.noise, random.sigma))
+    mask = plan.masks.weights(samples).to(precision.device) if plan.masks else None
     with precision.compute():
-        velocity = recipe.predict(training.transformer, add_noise(x0, noise, sigma), sigma, condition)
-    return loss_sum(velocity, x0, noise)
+        velocity = plan.recipe.predict(training.transformer, add_noise(x0, noise, sigma), sigma, condition)
+    return loss_sum(velocity, x0, noise, loss_weights(config.loss_weighting, sigma), mask)
 
 
 def _summed(training: Training, loss: Tensor) -> Tensor:
@@ -114,18 +137,35 @@ def _summed(training: Training, loss: Tensor) -> Tensor:
     """
     if training.accelerator.num_processes == 1:
         return loss
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in training.parameters]
+    parameters = training.parameters.values()
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     own = torch.cat([loss.flatten(), *(gradient.flatten() for gradient in gradients)])
     flat: Tensor = training.accelerator.reduce(own, "sum")
     parts = torch.split(flat[1:], [gradient.numel() for gradient in gradients])
-    for parameter, part in zip(training.parameters, parts, strict=True):
+    for parameter, part in zip(parameters, parts, strict=True):
         parameter.grad = part.view_as(parameter)
     return flat[0]
 
 
-def _require_finite(step: int, loss: Tensor, grad_norm: Tensor) -> None:
-    if not (math.isfinite(loss.item()) and math.isfinite(grad_norm.item())):
-        raise LorafuseError(
-            f"step {step}: the loss is {loss.item():g} and its gradient's norm {grad_norm.item():g}. Nothing was "
-            "saved at this step. Lower --learning_rate, or try --mixed_precision no --base_dtype fp32."
-        )
+def _not_finite(
+    training: Training, step: int, loss: Tensor, grad_norm: Tensor, micro_batches: Sequence[MicroBatch]
+) -> str:
+    plan, config = training.plan, training.plan.config
+    names = dict.fromkeys(
+        os.path.relpath(plan.samples[index].path, config.dataset_base_path)
+        for micro in micro_batches
+        for index in micro.samples
+    )
+    shown = ", ".join([*names][:MOST_NAMES]) + (
+        f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    )
+    good = checkpoints(config.output_path)
+    advice = "Lower --learning_rate, or try --mixed_precision no --base_dtype fp32."
+    kept = "No checkpoint was saved before."
+    if good:
+        kept = f"The last good checkpoint is {good[-1]}."
+        advice += f" With changed options, --lora_checkpoint {good[-1] / FILE_NAME} goes on from its LoRA."
+    return (
+        f"step {step}: the loss is {loss.item():g} and its gradient's norm {grad_norm.item():g}, with {shown}. "
+        f"Nothing was saved at this step. {kept} {advice}"
+    )

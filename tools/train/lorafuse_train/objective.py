@@ -1,4 +1,4 @@
-"""Flow matching: noise levels, noised latents and the velocity to learn."""
+"""Flow matching: random draws, noised latents and the velocity to learn."""
 
 from __future__ import annotations
 
@@ -8,28 +8,7 @@ import torch
 from torch import Tensor
 
 from .order import seed_for
-
-
-@dataclass(frozen=True, slots=True)
-class NoiseLevels:
-    """The density that sigma is drawn from, before its shift."""
-
-    scheme: str
-    """`logit_normal`, or `none` for uniform."""
-    mean: float
-    std: float
-
-    def draw(self, shift: float, generator: torch.Generator) -> Tensor:
-        """One sigma in 0..1, fp32, shape ().
-
-        u = sigmoid(mean + std n), or uniform (SD3, https://arxiv.org/abs/2403.03206, section 3.1);
-        sigma = s u / (1 + (s - 1) u) (equation 23 there).
-        """
-        if self.scheme == "none":
-            u = torch.rand((), generator=generator)
-        else:
-            u = torch.sigmoid(self.mean + self.std * torch.randn((), generator=generator))
-        return shift * u / (1 + (shift - 1) * u)
+from .timesteps import NoiseLevels
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +37,33 @@ def draw(
     return Draw(torch.stack(noise), torch.stack(sigma))
 
 
+def drops_caption(share: float, seed: int, step: int, place: int) -> bool:
+    """Whether the picture at `place` of a step trains with an empty caption; `share` of them do."""
+    if not share:
+        return False
+    generator = torch.Generator().manual_seed(seed_for("caption", seed, step, place))
+    return bool(torch.rand((), generator=generator) < share)
+
+
 def add_noise(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """x = (1 - sigma) x0 + sigma eps, for x0 and eps (B, C, h, w) and sigma (B,)."""
-    s = sigma[:, None, None, None]
+    """x = (1 - sigma) x0 + sigma eps, for x0 and eps (B, C, ...) and sigma (B,)."""
+    s = sigma.view(-1, *[1] * (x0.ndim - 1))
     return (1 - s) * x0 + s * noise
 
 
-def loss_sum(velocity: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
+def loss_sum(
+    velocity: Tensor, x0: Tensor, noise: Tensor, weights: Tensor | None = None, mask: Tensor | None = None
+) -> Tensor:
     """The sum over pictures of mean |v - (eps - x0)|^2, fp32, shape (); the caller divides by the step's pictures.
 
-    A sum, because micro-batches of a step may differ in number and size, and each picture is to weigh the same.
+    A sum, because micro-batches of a step may differ in number and size, and each picture is to weigh the same, or as
+    `weights` (B,) say. `mask` (B, ..., h, w) makes the mean a weighted one.
     """
-    return ((velocity.float() - (noise - x0)) ** 2).mean(dim=(1, 2, 3)).sum()
+    error = (velocity.float() - (noise - x0)) ** 2
+    dims = tuple(range(1, error.ndim))
+    if mask is None:
+        each = error.mean(dim=dims)
+    else:
+        mask = mask.view(len(mask), *[1] * (error.ndim - mask.ndim), *mask.shape[1:]).expand_as(error)
+        each = (mask * error).sum(dim=dims) / mask.sum(dim=dims)
+    return (each if weights is None else weights * each).sum()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,110 +13,13 @@ import yaml
 
 from lorafuse_common.errors import ConfigError
 
-from .config import Entry, TrainConfig, conflicts
-
-TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Kind:
-    """One type of option: what `--help` calls it, and how its text is read."""
-
-    metavar: str
-    read: Callable[[Any], Any]
-
-
-def _read_int(raw: Any) -> int:
-    if isinstance(raw, bool) or not isinstance(raw, int | str):
-        raise ValueError
-    return int(raw)
-
-
-def _read_float(raw: Any) -> float:
-    if isinstance(raw, bool) or not isinstance(raw, int | float | str):
-        raise ValueError
-    value = float(raw)  # also text: YAML 1.1 reads `1e-4` as a string
-    if value != value or value in (float("inf"), float("-inf")):
-        raise ValueError
-    return value
-
-
-def _read_bool(raw: Any) -> bool:
-    text = str(raw).lower()
-    if text not in TRUE + FALSE:
-        raise ValueError
-    return text in TRUE
-
-
-def _read_text(raw: Any) -> str:
-    if not isinstance(raw, str):
-        raise ValueError
-    return raw
-
-
-def _read_path(raw: Any) -> Path:
-    if not isinstance(raw, str | Path) or not str(raw):
-        raise ValueError
-    return Path(raw).expanduser()
-
-
-KINDS: Mapping[type, Kind] = {
-    int: Kind("WHOLE NUMBER", _read_int),
-    float: Kind("NUMBER", _read_float),
-    bool: Kind("TRUE|FALSE", _read_bool),
-    str: Kind("TEXT", _read_text),
-    Path: Kind("PATH", _read_path),
-}
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Option:
-    """One field of `TrainConfig` as command line and YAML see it."""
-
-    name: str
-    kind: type
-    many: bool
-    required: bool
-    default: Any
-    """None where it is required."""
-    entry: Entry
-
-    def read(self, raw: Any) -> Any:
-        """The value in its own type.
-
-        Raises:
-            ValueError: its text says what was expected.
-        """
-        if self.many:
-            return tuple(self._read_one(item) for item in (raw if isinstance(raw, list | tuple) else [raw]))
-        return self._read_one(raw)
-
-    def _read_one(self, raw: Any) -> Any:
-        kind = KINDS[self.kind]
-        try:
-            value = kind.read(raw)
-        except ValueError:
-            raise ValueError(f"found {raw!r}, expected a {kind.metavar.lower()}") from None
-        if self.entry.choices and value not in self.entry.choices:
-            raise ValueError(f"found {value!r}, expected {' or '.join(map(repr, self.entry.choices))}")
-        if self.entry.bounds is not None and value not in self.entry.bounds:
-            raise ValueError(f"found {value!r}, expected {self.entry.bounds}")
-        return value
-
-
-def _option(field: dataclasses.Field[Any], annotation: Any) -> Option:
-    outer, entry = typing.get_args(annotation)  # Annotated[outer, entry]
-    many = typing.get_origin(outer) is tuple
-    inner = typing.get_args(outer)[0] if many else outer
-    if isinstance(inner, types.UnionType):  # `int | None`
-        inner = next(item for item in typing.get_args(inner) if item is not type(None))
-    required = field.default is dataclasses.MISSING
-    return Option(field.name, inner, many, required, None if required else field.default, entry)
-
+from .config import TrainConfig
+from .conflicts import conflicts
+from .option import Option, option_of
 
 _HINTS = typing.get_type_hints(TrainConfig, include_extras=True)
 OPTIONS: Mapping[str, Option] = {
-    field.name: _option(field, _HINTS[field.name]) for field in dataclasses.fields(TrainConfig)
+    field.name: option_of(field, _HINTS[field.name]) for field in dataclasses.fields(TrainConfig)
 }
 
 
@@ -190,11 +92,15 @@ def suggest(name: str) -> str:
 def dump_config(config: TrainConfig) -> str:
     """The options as YAML text that `--config` reads back."""
     plain = {
-        name: _plain(getattr(config, name))
-        for name in OPTIONS
-        if name != "config" and getattr(config, name) is not None
+        name: plain_value(config, name) for name in OPTIONS if name != "config" and getattr(config, name) is not None
     }
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def plain_value(config: TrainConfig, name: str) -> Any:
+    """The value of an option as YAML and JSON know it."""
+    value = getattr(config, name)
+    return {key: _plain(item) for key, item in value} if OPTIONS[name].keyed else _plain(value)
 
 
 def _plain(value: Any) -> Any:

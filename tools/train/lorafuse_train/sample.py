@@ -26,9 +26,13 @@ class Schedule:
     """Noise levels visited, without the final 0."""
     guidance_scale: float
     """1: no guidance, half the work."""
+    embedded: bool = False
+    """Whether the model is told the scale, and needs no second prediction (`Guidance.EMBEDDED`)."""
 
     def __str__(self) -> str:
         steps = f"{len(self.sigmas)} step{'s' * (len(self.sigmas) != 1)}"
+        if self.embedded:
+            return f"{steps}, guidance {self.guidance_scale:g}"
         return f"{steps}, no CFG" if self.guidance_scale == 1 else f"{steps}, CFG {self.guidance_scale:g}"
 
 
@@ -84,14 +88,17 @@ def denoise(
 
     `texts` are the B prompts and the one negative prompt, which only guidance uses.
     """
+    scale = schedule.guidance_scale
     positive = recipe.collate(texts[0])
     negative = recipe.collate([texts[1]] * len(noise))
+    if schedule.embedded:
+        positive = {**positive, "guidance": torch.full((len(noise),), scale)}
     x = noise.to(precision.device)
     for sigma, following in zip(schedule.sigmas, (*schedule.sigmas[1:], 0.0), strict=True):
         levels = torch.full((len(x),), sigma, device=x.device)
         with precision.compute():
             v = recipe.predict(transformer, x, levels, positive)
-            if schedule.guidance_scale != 1:
-                v = recipe.guide(v, recipe.predict(transformer, x, levels, negative), schedule.guidance_scale)
+            if scale != 1 and not schedule.embedded:
+                v = recipe.guide(v, recipe.predict(transformer, x, levels, negative), scale)
         x = x + (following - sigma) * v
     return x.cpu()

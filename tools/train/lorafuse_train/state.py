@@ -1,4 +1,4 @@
-"""A training that can go on later: LoRA, optimiser and place, in a folder that appears whole."""
+"""A training that can go on later: LoRA, optimizer and place, in a folder that appears whole."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -18,9 +18,13 @@ from lorafuse_common.errors import ConfigError
 from lorafuse_common.publish import publish
 
 from .adapter import FILE_NAME, save_lora
+from .ema import Ema
+from .packing import pack, restore_optimizer, unpack
 
-OPTIMIZER_NAME, STATE_NAME = "optimizer.safetensors", "training_state.json"
+TENSORS_NAME, STATE_NAME = "training_state.safetensors", "training_state.json"
 LATEST = "latest"
+WEIGHT, AVERAGE = "weight.", "average."
+"""How names begin of what is trained and of its moving average, in `TENSORS_NAME`."""
 
 
 @dataclass
@@ -30,52 +34,61 @@ class LoopState:
     optimizer: torch.optim.Optimizer
     lr_scheduler: Any
     """One of diffusers' schedules (a `LambdaLR`)."""
+    ema: Ema | None = None
     step: int = 0
     """Steps done."""
 
 
 def save_checkpoint(
-    folder: Path, state: LoopState, lora: Mapping[str, Tensor], header: Mapping[str, str], identity: Mapping[str, Any]
+    folder: Path,
+    state: LoopState,
+    parameters: Mapping[str, nn.Parameter],
+    lora: tuple[Mapping[str, Tensor], Mapping[str, str]],
+    identity: Mapping[str, Any],
 ) -> None:
     """Write a checkpoint; until it is complete, nothing has its name.
 
-    `lora` is the LoRA as `adapter.lora_state` gives it, `identity` what a continuation must have in common.
+    `parameters` are those of the adapters, `lora` the tensors and the header of a LoRA file made of them, `identity`
+    what a continuation must have in common.
     """
+    optimizer, tensors = pack(state.optimizer.state_dict(), "optimizer")
+    tensors |= _on_cpu(WEIGHT, parameters) | (_on_cpu(AVERAGE, state.ema.averages) if state.ema else {})
+    place = {
+        "step": state.step,
+        "lr_scheduler": state.lr_scheduler.state_dict(),
+        "optimizer": optimizer,
+        "identity": dict(identity),
+    }
     with publish(folder, replace=folder.exists()) as staging:
-        save_lora(staging / FILE_NAME, lora, header)
-        moments = state.optimizer.state_dict()["state"]
-        tensors = {f"{index}.{name}": value for index, values in moments.items() for name, value in values.items()}
-        save_file({name: value.contiguous() for name, value in tensors.items()}, staging / OPTIMIZER_NAME)
-        place = {"step": state.step, "lr_scheduler": state.lr_scheduler.state_dict(), "identity": dict(identity)}
+        save_lora(staging / FILE_NAME, *lora)
+        save_file(tensors, staging / TENSORS_NAME)
         (staging / STATE_NAME).write_text(json.dumps(place, indent=1), encoding="utf-8")
+
+
+def _on_cpu(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def load_checkpoint(
     folder: Path, state: LoopState, parameters: Mapping[str, nn.Parameter], identity: Mapping[str, Any]
 ) -> None:
-    """Put a training back to where it was when `folder` was written; `parameters` are the LoRA's, by name in its file.
+    """Put a training back to where it was when `folder` was written; `parameters` are as they were given for saving.
 
     Raises:
         ConfigError: the checkpoint is not complete, or of a training that differs in what decides the result.
     """
     try:
         place = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
-        lora = load_file(folder / FILE_NAME)
-        with safe_open(folder / OPTIMIZER_NAME, "pt") as file:
-            moments = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+        tensors = load_file(folder / TENSORS_NAME)
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"--resume_from_checkpoint {folder}: is no complete checkpoint ({error})") from error
     _require_same(folder, place["identity"], json.loads(json.dumps(identity)))
     for name, parameter in parameters.items():
-        parameter.data.copy_(lora[name])
-    restored: dict[int, dict[str, Tensor]] = {}
-    for name, value in moments.items():
-        index, _, key = name.partition(".")
-        restored.setdefault(int(index), {})[key] = value
-    state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": restored})
+        parameter.data.copy_(tensors[f"{WEIGHT}{name}"])
+    if state.ema:
+        state.ema.restore({name: tensors[f"{AVERAGE}{name}"] for name in state.ema.averages})
+    restore_optimizer(state.optimizer, unpack(place["optimizer"], tensors))
     state.lr_scheduler.load_state_dict(place["lr_scheduler"])
-    for group, rate in zip(state.optimizer.param_groups, state.lr_scheduler.get_last_lr(), strict=True):
-        group["lr"] = rate
     state.step = place["step"]
 
 

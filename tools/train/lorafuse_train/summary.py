@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .adapter import FILE_NAME
-from .base import Base, fused_loras
+from .base import Base, absent_parts, fused_loras
 from .config import TrainConfig
 from .data import Sample
+from .ranks import module_strengths, trainable
 from .sample import Schedule
 from .targets import Targets
 
@@ -33,9 +34,17 @@ def describe_targets(targets: Targets, config: TrainConfig) -> str:
     """The matches of every pattern, and the size of the LoRA."""
     counts = "\n".join(f"  {pattern:<24} {count:>4}" for pattern, count in targets.counts.items())
     idle = f"\n  left out, for nothing reads their output: {', '.join(targets.idle)}" if targets.idle else ""
+    kind = "DoRA" if config.use_dora else "LoRA"
+    strengths = Counter((s.rank, s.alpha, s.scale) for s in module_strengths(targets, config).values())
+    groups = [
+        f"rank {rank}, alpha {alpha:g}" + (f", scale {scale:.4g}" if scale != 1 else "")
+        for rank, alpha, scale in strengths
+    ]
+    if len(groups) > 1:
+        groups = [f"{count} of {group}" for group, count in zip(groups, strengths.values(), strict=True)]
     return (
-        f"LoRA: rank {config.lora_rank}, alpha {config.alpha:g}, {len(targets.modules)} modules, "
-        f"{targets.trainable(config.lora_rank):,} parameters\n{counts}{idle}"
+        f"{kind}: {'; '.join(groups)}, {len(targets.modules)} modules, "
+        f"{trainable(targets, config):,} parameters\n{counts}{idle}"
     )
 
 
@@ -49,26 +58,38 @@ def describe_dataset(samples: Sequence[Sample]) -> str:
 
 def describe_run(training: Training) -> str:
     """How long, how precisely, on what noise levels."""
-    config, precision, order = training.plan.config, training.precision, training.order
-    shifts = Counter(f"{shift:.4g}" for shift in training.shifts.values())
-    levels = "uniform" if config.weighting_scheme == "none" else "logit-normal"
+    precision, order = training.precision, training.order
     computed = "bf16 autocast" if precision.autocast else "no autocast"
     return (
         f"training: {training.total_steps} steps ({order.steps_per_epoch} an epoch) of "
         f"{order.batch_size} x {order.accumulation} x {order.world} pictures (batch x accumulation x processes) "
         f"on {precision.device}, {computed} {precision.reason}\n"
-        f"noise levels: {levels}, shift {', '.join(shifts)}"
+        f"{describe_noise(training.plan)}"
     )
+
+
+def describe_noise(plan: Plan) -> str:
+    """Which noise levels are drawn, and how they count."""
+    config, levels = plan.config, plan.levels
+    density = "uniform" if levels.is_uniform else f"logit-normal ({levels.mean:g}, {levels.std:g})"
+    shifts = ", ".join(sorted({f"{shift:.4g}" for shift in plan.shifts.values()}))
+    few = f"{', '.join(f'{sigma:g}' for sigma in levels.few)}, as lorafuse.json records"
+    parts = {0.0: f"{density}, shift {shifts}", 1.0: few}
+    drawn = parts.get(levels.few_share, f"{parts[0.0]}; for {levels.few_share:.0%} {few}")
+    between = f", from {levels.low:g} to {levels.high:g}" if (levels.low, levels.high) != (0, 1) else ""
+    weighting = f"; loss weighted by {config.loss_weighting}" if config.loss_weighting != "none" else ""
+    return f"noise levels: {drawn}{between}{weighting}"
 
 
 def describe_end(plan: Plan, schedules: Sequence[Schedule], size: tuple[int, int]) -> str:
     """Where everything is, and code that draws a picture of `size` (height, width) with the new LoRA."""
     out = plan.config.output_path
+    board = f"; tensorboard --logdir {out / 'logs'}" if "tensorboard" in plan.config.report_to else ""
     code = "\n".join(f"  {line}" for line in usage(plan, schedules[0], size))
     return (
         f"LoRA:    {out / FILE_NAME}\n"
         f"samples: {out / 'samples.png'}\n"
-        f"log:     {out / 'log.csv'}; tensorboard --logdir {out / 'logs'}\n"
+        f"metrics: {out / 'metrics.csv'}{board}\n"
         f"use it:\n{code}"
     )
 
@@ -77,20 +98,20 @@ def usage(plan: Plan, schedule: Schedule, size: tuple[int, int]) -> list[str]:
     """Lines of Python, complete but for a device: the pipeline with the new LoRA, at the schedule it is meant for."""
     base, guidance = plan.base, plan.recipe.guidance_arguments(schedule.guidance_scale)
     few = base.manifest.schedule if base.manifest else None
-    transformer = ""
+    parts = "".join(f", {part}=None" for part in absent_parts(base.pipeline, plan.recipe))
     imports = "DiffusionPipeline" + ", FlowMatchEulerDiscreteScheduler" * bool(few)
     if base.pipeline != base.folder:
         name = base.config["_class_name"]
         imports += f", {name}"
-        transformer = f', transformer={name}.from_pretrained("{base.folder}", dtype={base.dtype})'
+        parts += f', transformer={name}.from_pretrained("{base.folder}", dtype={base.dtype})'
     steps = f"num_inference_steps={len(schedule.sigmas)}"
     lines = [
         f"import torch; from diffusers import {imports}",
-        f'pipe = DiffusionPipeline.from_pretrained("{base.pipeline}", dtype={base.dtype}{transformer})',
+        f'pipe = DiffusionPipeline.from_pretrained("{base.pipeline}", dtype={base.dtype}{parts})',
         f'pipe.load_lora_weights("{plan.config.output_path}", weight_name="{FILE_NAME}")',
     ]
     if few:
         lines.append("pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)  # these sigmas are shifted already")
         steps += f", sigmas=[{', '.join(f'{sigma:.8g}' for sigma in schedule.sigmas)}]"
-    call = f'"a prompt", height={size[0]}, width={size[1]}, {steps}, {guidance}'
+    call = f'prompt="a prompt", height={size[0]}, width={size[1]}, {steps}, {guidance}'
     return [*lines, f"image = pipe({call}).images[0]"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,6 +30,12 @@ class Targets:
     """Modules that matched but were left out, because nothing reads their output."""
     parameters: Mapping[str, int]
     """Full name -> rows plus columns of its weight: LoRA parameters per unit of rank."""
+    shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Full name -> rows and columns."""
+    convolutions: tuple[str, ...] = ()
+    """Those of the modules that are no linear layers."""
+    namesakes: tuple[str, ...] = ()
+    """Those of the modules whose name other modules end in, which PEFT would take for them."""
 
     def trainable(self, rank: int) -> int:
         """Parameters of a LoRA of that rank."""
@@ -55,16 +61,13 @@ def meta_model(class_name: str, config: Mapping[str, Any]) -> nn.Module:
 def resolve_targets(model: nn.Module, family: Family, patterns: str) -> Targets:
     """Match `patterns` (`preset`, comma-separated name endings, or `regex:...`) against the model's modules.
 
-    An ending matches as in PEFT: the whole name, or what follows a dot.
+    An ending matches as in PEFT: the whole name, or what follows a dot; `{}` in it is any block's number.
 
     Raises:
         ConfigError: listing every pattern that matches nothing, with the likeliest reason and this family's list.
     """
-    sizes = {
-        name: module.weight.shape[0] + module.weight[0].numel()
-        for name, module in model.named_modules()
-        if isinstance(module, TARGETABLE)
-    }
+    weights = {name: module.weight for name, module in model.named_modules() if isinstance(module, TARGETABLE)}
+    sizes = {name: weight.shape[0] + weight[0].numel() for name, weight in weights.items()}
     wanted = _patterns(family, patterns)
     matches = {text: {name for name in sizes if pattern.fullmatch(name)} for text, pattern in wanted.items()}
     unmatched = [text for text, names in matches.items() if not names]
@@ -83,21 +86,34 @@ def resolve_targets(model: nn.Module, family: Family, patterns: str) -> Targets:
         {text: len(names - idle) for text, names in matches.items()},
         tuple(sorted(found & idle)),
         {name: sizes[name] for name in modules},
+        {name: (weights[name].shape[0], weights[name][0].numel()) for name in modules},
+        tuple(name for name in modules if weights[name].ndim > 2),
+        tuple(name for name in modules if any(other.endswith(f".{name}") for other in weights)),
     )
 
 
 def _patterns(family: Family, patterns: str) -> dict[str, re.Pattern[str]]:
     """Each pattern as the user wrote it, and the expression for full names that it stands for."""
-    if patterns.startswith(REGEX):
-        expression = patterns.removeprefix(REGEX)
-        try:
-            return {patterns: re.compile(expression)}
-        except re.error as error:
-            raise ConfigError(f"--lora_target_modules {patterns}: not a regular expression ({error})") from error
     if patterns == PRESET and not family.lora_targets:
         raise ConfigError(f"--lora_target_modules: {family.title} has no preset; give name endings such as to_q,to_k")
+    if patterns.startswith(REGEX):
+        return {patterns: expression_of("lora_target_modules", patterns)}
     endings = family.lora_targets if patterns == PRESET else [text.strip() for text in patterns.split(",")]
-    return {text: re.compile(rf"(?:.*\.)?{re.escape(text)}") for text in endings if text}
+    return {text: expression_of("lora_target_modules", text) for text in endings if text}
+
+
+def expression_of(option: str, text: str) -> re.Pattern[str]:
+    """The expression for full names that a name ending or `regex:...` stands for.
+
+    Raises:
+        ConfigError: it is no regular expression.
+    """
+    if not text.startswith(REGEX):
+        return re.compile(rf"(?:.*\.)?{re.escape(text)}".replace(r"\{\}", r"\d+"))
+    try:
+        return re.compile(text.removeprefix(REGEX))
+    except re.error as error:
+        raise ConfigError(f"--{option} {text}: not a regular expression ({error})") from error
 
 
 def _no_match(family: Family, unmatched: list[str], patterns: str, sizes: Mapping[str, int]) -> str:

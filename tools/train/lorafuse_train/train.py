@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import shutil
 from datetime import timedelta
 from pathlib import Path
@@ -13,15 +11,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 
-from lorafuse_common.errors import ConfigError, LorafuseError, OutputError
+from lorafuse_common.errors import ConfigError, LorafuseError
 
 from .adapter import (
     FILE_NAME,
     attach,
     compare_effects,
     load_back,
-    lora_metadata,
-    lora_parameters,
     lora_state,
     save_lora,
     without,
@@ -30,17 +26,21 @@ from .atomic import write_atomically
 from .base import load_transformer, original_transformer
 from .config import TrainConfig
 from .console import quiet_libraries, say
+from .ema import averaged
 from .encode import Encodings, fill_cache, free, open_cache
 from .gallery import Gallery, choose_prompts, choose_schedules, choose_size, prepare_prompts
 from .log import Log, open_log
-from .loop import Training, fit, start
+from .loop import Training, fit
+from .memory import describe_memory, estimate_memory, least_memory, require_memory
+from .optimizers import check_optimizer
 from .options import dump_config
-from .order import Order
-from .plan import Plan, plan_training
+from .plan import Plan, make_order, plan_training
 from .precision import Precision, choose_precision
+from .resume import header, resumed, save
 from .signals import StopRequest, follow_launcher, stop_requests
-from .state import LoopState, checkpoints, choose_checkpoint, keep_newest, load_checkpoint, save_checkpoint
+from .state import LoopState, checkpoints
 from .summary import describe_end, describe_run
+from .warm_start import start_from
 
 LONGEST_WAIT = timedelta(days=2)
 """How long processes wait for the main one to fill the cache or draw; the default of ten minutes is too short."""
@@ -69,27 +69,42 @@ def run(config: TrainConfig) -> None:
     follow_launcher()
     plan = plan_training(config)
     accelerator = _accelerator()
+    check_optimizer(config, accelerator.device)
     precision = choose_precision(config, plan.base.dtype, accelerator.device)
+    require_memory(least_memory(plan), config)
     encodings = _encodings(plan, accelerator)
+    if accelerator.is_main_process:
+        memory = estimate_memory(plan, encodings, precision)
+        say(describe_memory(memory, config, precision.device))
+        require_memory(memory, config)
     gallery = _gallery(plan, encodings, precision)
     if config.original_model and accelerator.is_main_process:
         _draw_original(plan, gallery, config.original_model)
     training = _prepare(plan, encodings, precision, accelerator)
     say(describe_run(training))
-    state = _resumed(training)
+    state = resumed(training)
     if accelerator.is_main_process and state.step == 0:
         _start_output(config)
-    try:
-        with open_log(config.output_path, training.total_steps, state.step) as log, stop_requests() as request:
-            fit(training, state, log, functools.partial(_after_step, training, state, gallery, log, request))
-    except torch.OutOfMemoryError as error:
-        raise LorafuseError(f"{precision.device}: out of memory. {SPARING} ({error})") from error
-    if state.step < training.total_steps:
-        raise Stopped(request.agreed(accelerator), state.step)
-    if accelerator.is_main_process:
-        _finish(training, gallery)
+    with open_log(config, training.total_steps, state.step, precision.device) as log:
+        number = _fit(training, state, gallery, log)
+        if number:
+            raise Stopped(number, state.step)
+        if accelerator.is_main_process:
+            with averaged(state.ema):
+                _finish(training, gallery, log)
     accelerator.wait_for_everyone()
     accelerator.end_training()
+
+
+def _fit(training: Training, state: LoopState, gallery: Gallery, log: Log | None) -> int:
+    """Train to the end, or until a signal, whose number it returns."""
+    device = training.precision.device
+    with stop_requests() as request:
+        try:
+            fit(training, state, log, functools.partial(_after_step, training, state, gallery, log, request))
+        except torch.OutOfMemoryError as error:
+            raise LorafuseError(f"{device}: out of memory. {SPARING} ({error})") from error
+        return request.agreed(training.accelerator) if state.step < training.total_steps else 0
 
 
 def _accelerator() -> Accelerator:
@@ -109,7 +124,8 @@ def _accelerator() -> Accelerator:
 def _encodings(plan: Plan, accelerator: Accelerator) -> Encodings:
     cache = open_cache(plan)
     if accelerator.is_main_process:
-        prompts = (*choose_prompts(plan.config, plan.samples), plan.config.validation_negative_prompt)
+        prompts = [*choose_prompts(plan.config, plan.samples), plan.config.validation_negative_prompt]
+        prompts += [""] if plan.config.caption_dropout else []
         fill_cache(cache, plan, prompts, accelerator.device)
     accelerator.wait_for_everyone()
     return Encodings(cache)
@@ -131,27 +147,17 @@ def _draw_original(plan: Plan, gallery: Gallery, original: Path) -> None:
 
 
 def _prepare(plan: Plan, encodings: Encodings, precision: Precision, accelerator: Accelerator) -> Training:
-    config, recipe, pipeline = plan.config, plan.recipe, plan.base.pipeline
+    config = plan.config
     say("loading the transformer")
     transformer = load_transformer(plan.base, plan.base.transformer, precision.device)
     parameters = attach(transformer, plan.targets, config)
+    if plan.start:
+        start_from(plan.start, transformer)
     if config.use_gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    sizes = tuple(sample.size for sample in plan.samples)
-    order = Order(
-        sizes,
-        config.seed,
-        config.dataset_repeat,
-        config.train_batch_size,
-        config.gradient_accumulation_steps,
-        accelerator.num_processes,
-    )
-    shifts = {
-        size: config.timestep_shift or recipe.shift(pipeline, recipe.latent_shape(pipeline, *size))
-        for size in dict.fromkeys(sizes)
-    }
+    order = make_order(config, plan.samples, accelerator.num_processes)
     total = config.max_train_steps or config.num_epochs * order.steps_per_epoch
-    return Training(plan, transformer, parameters, encodings, order, shifts, total, precision, accelerator)
+    return Training(plan, transformer, parameters, encodings, order, total, precision, accelerator)
 
 
 def _start_output(config: TrainConfig) -> None:
@@ -165,46 +171,6 @@ def _start_output(config: TrainConfig) -> None:
     write_atomically(out / "train_config.yaml", lambda file: file.write_text(text, encoding="utf-8"))
 
 
-def _resumed(training: Training) -> LoopState:
-    """The state to train from: a checkpoint's where one is to be continued, else a fresh one."""
-    config, state = training.plan.config, start(training)
-    folder = choose_checkpoint(config.resume_from_checkpoint, config.output_path)
-    if folder:
-        load_checkpoint(folder, state, lora_parameters(training.transformer), _identity(training))
-        if state.step > training.total_steps:
-            raise ConfigError(
-                f"--resume_from_checkpoint {folder}: has done {state.step} steps, more than the {training.total_steps} "
-                "of this run; raise --max_train_steps or --num_epochs, or name an earlier checkpoint"
-            )
-        say(f"going on from {folder}, step {state.step} of {training.total_steps}")
-    elif config.resume_from_checkpoint:
-        say(f"no checkpoint in {config.output_path}: a fresh start")
-    return state
-
-
-def _identity(training: Training) -> dict[str, Any]:
-    """What a continuation must have in common with the run it continues, for the result to be the same."""
-    plan, config, total = training.plan, training.plan.config, training.total_steps
-    dataset = [(sample.sha256, sample.caption, sample.size) for sample in plan.samples]
-    decisive = (
-        "lora_rank", "lora_alpha", "learning_rate", "train_batch_size", "dataset_repeat", "lr_scheduler", "adam_beta1",
-        "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "weighting_scheme", "logit_mean",
-        "logit_std", "seed",
-    )  # fmt: skip
-    return {name: getattr(config, name) for name in decisive} | {
-        "fused_sha256": plan.base.fused_sha256,
-        "base_dtype": str(plan.base.dtype),
-        "autocast": training.precision.autocast,
-        "dataset_sha256": hashlib.sha256(json.dumps(dataset).encode()).hexdigest(),
-        "target_modules": list(plan.targets.modules),
-        "timestep_shifts": sorted(training.shifts.values()),
-        "micro_batches_per_step": training.order.accumulation * training.order.world,
-        "warmup_steps": config.warmup_steps(total),
-        # A constant rate may go on for longer than was planned; the others depend on where they end.
-        "total_steps": None if config.lr_scheduler.startswith("constant") else total,
-    }
-
-
 def _after_step(training: Training, state: LoopState, gallery: Gallery, log: Log | None, request: StopRequest) -> bool:
     """Checkpoints and grids along the way; whether to stop, after a signal. `_finish` makes the last grid."""
     config, accelerator = training.plan.config, training.accelerator
@@ -212,36 +178,28 @@ def _after_step(training: Training, state: LoopState, gallery: Gallery, log: Log
     is_last = state.step == training.total_steps
     due = config.checkpointing_steps and (state.step % config.checkpointing_steps == 0 or is_last)
     if (due or stop) and accelerator.is_main_process:
-        _save(training, state)
+        save(training, state)
     if config.validation_steps and state.step % config.validation_steps == 0 and not (is_last or stop):
         if accelerator.is_main_process:
-            gallery.draw(training.transformer, config.output_path / "samples" / f"step-{state.step}.png")
+            picture = config.output_path / "samples" / f"step-{state.step}.png"
+            with averaged(state.ema):
+                gallery.draw(training.transformer, picture)
+            if log:
+                log.picture("samples", picture, state.step)
         accelerator.wait_for_everyone()
     if log:
         log.restart_clock()
     return stop
 
 
-def _save(training: Training, state: LoopState) -> None:
-    out = training.plan.config.output_path
-    folder = out / f"checkpoint-{state.step}"
-    lora, header = lora_state(training.transformer), _metadata(training, state.step)
-    try:
-        save_checkpoint(folder, state, lora, header, _identity(training))
-    except OSError as error:
-        raise OutputError(
-            f"{folder}: cannot be written ({error.strerror}); earlier checkpoints are complete"
-        ) from error
-    keep_newest(out, training.plan.config.checkpoints_total_limit)
-    say(f"saved {folder}")
-
-
-def _finish(training: Training, gallery: Gallery) -> None:
+def _finish(training: Training, gallery: Gallery, log: Log | None) -> None:
     """Save, prove that diffusers loads what was saved, and only then give it its name; draw the last grid."""
     config, base, transformer = training.plan.config, training.plan.base, training.transformer
     final = config.output_path / FILE_NAME
+    if log:
+        log.end_bar()
     unchecked = final.with_name(f"unchecked_{FILE_NAME}")
-    save_lora(unchecked, lora_state(transformer), _metadata(training, training.total_steps))
+    save_lora(unchecked, lora_state(transformer), header(training, training.total_steps))
     trained = _probe(gallery, transformer)
     with without(transformer):
         bare = _probe(gallery, transformer)
@@ -250,11 +208,9 @@ def _finish(training: Training, gallery: Gallery) -> None:
     unchecked.replace(final)
     say(f"saved {final}; diffusers loads it, with the effect it had in training")
     gallery.draw(transformer, config.output_path / "samples.png")
+    if log:
+        log.picture("samples", config.output_path / "samples.png", training.total_steps)
     say(describe_end(training.plan, gallery.schedules, choose_size(training.plan.samples)))
-
-
-def _metadata(training: Training, steps: int) -> dict[str, str]:
-    return lora_metadata(training.plan.base, training.plan.targets, training.plan.config, steps)
 
 
 @torch.no_grad()
