@@ -49,8 +49,10 @@ def publish(out: Path, *, replace: bool = False) -> Iterator[Path]:
             _clear(final)
         if final.exists() and not (replace and final.is_dir()):
             raise OutputError(f"{out}: exists already")
-        staging = _make_beside(final, "new")
+        staging: Path | None = None
         try:
+            with held_signals():
+                staging = _make_beside(final, "new")
             staging.chmod(0o777 & ~umask())  # mkdtemp makes it private; the result is an ordinary folder
             yield staging
             _sync_tree(staging)
@@ -58,8 +60,9 @@ def publish(out: Path, *, replace: bool = False) -> Iterator[Path]:
                 _put_in_place(staging, final)
                 _confirm(final, nearest)
         finally:
-            with held_signals():
-                shutil.rmtree(staging, ignore_errors=True)
+            if staging is not None:
+                with held_signals():
+                    shutil.rmtree(staging, ignore_errors=True)
 
 
 def recover(out: Path) -> None:
@@ -130,12 +133,14 @@ def _lock(final: Path) -> Iterator[bool]:
         OutputError: another run has the lock.
     """
     path = _lock_file(final)
-    file = _locked(path, final)
+    file: IO[bytes] | None = None
     try:
+        with held_signals():
+            file = _locked(path, final)
         yield file is not None
     finally:
         if file is not None:
-            with contextlib.suppress(OSError):
+            with held_signals(), contextlib.suppress(OSError):
                 path.unlink()  # still locked: whoever opened it before finds that it is no longer there
             file.close()
 
