@@ -216,7 +216,7 @@ def _hostile_metadata(draft: Draft, rng: random.Random) -> None:
 
 def _other_values(draft: Draft, rng: random.Random) -> None:
     """NaN, infinities, zeros or noise in one tensor, so in an alpha, too."""
-    begin, end = _entry(draft, rng)["data_offsets"]
+    begin, end = (min(at, len(draft.data)) for at in _entry(draft, rng)["data_offsets"])
     pattern = rng.choice([b"\xff", b"\0\0\x80\x7f", b"\0", b"\x80\x7f", b"\xff\xff\x7f\x7f", rng.randbytes(64)])
     draft.data[begin:end] = (pattern * (end - begin))[: end - begin]
 
