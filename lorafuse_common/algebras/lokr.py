@@ -36,7 +36,8 @@ class Lokr(Algebra):
 
     def misfit(self, shapes: Mapping[str, Shape], base: Shape) -> str | None:
         """Compare `(m * p, n * q * kernel)` with the weight's."""
-        if any(len(shape) < 2 or 0 in shape for shape in shapes.values()):
+        kernels = {"lokr_w2", "lokr_t2"} | ({"lokr_w2_b"} if "lokr_t2" not in shapes else set())
+        if any(0 in its or len(its) < 2 or (len(its) > 2 and role not in kernels) for role, its in shapes.items()):
             return f"its factors are no matrices: { ({role: list(shape) for role, shape in shapes.items()}) }"
         left, right = _left_shape(shapes), _right_shape(shapes)
         if left is None or right is None:

@@ -189,6 +189,22 @@ def test_components_are_pefts_and_train_alike(folder: Path, init: str) -> None:
         assert torch.allclose(state[f"{prefix}B.weight"] @ state[f"{prefix}A.weight"], delta, atol=1e-5)
 
 
+def test_the_file_of_components_bears_a_readers_bf16(folder: Path) -> None:
+    """PEFT's own conversion puts A, A0, B and B0 side by side, which differ by less than bf16 tells apart."""
+    transformer, asked = load(folder), config(init_lora_weights="pissa", lora_rank=20)  # twice 20 is more than 32
+    train(transformer, list(attach(transformer, targets(transformer, asked), asked).values()), steps=1)
+    state, checked = lora_state(transformer), 0
+    for name, module in transformer.named_modules():
+        if isinstance(module, LoraLayer):
+            a, b = (state[f"transformer.{name}.lora_{factor}.weight"] for factor in "AB")
+            assert a.shape == (40, module.in_features) and b.shape == (module.out_features, 40)
+            delta = module.get_delta_weight("default") + module.get_delta_weight(INITIAL)
+            assert gap(b @ a, delta) < 1e-3
+            assert gap(b.bfloat16().float() @ a.bfloat16().float(), delta) < 0.01
+            checked += 1
+    assert checked == 6
+
+
 def test_dropout_is_drawn_from_its_seed_and_off_in_samples(folder: Path) -> None:
     transformer, asked = load(folder), config(lora_dropout=0.5)
     train(transformer, list(attach(transformer, targets(transformer, asked), asked).values()))

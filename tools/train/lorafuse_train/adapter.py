@@ -25,7 +25,7 @@ from .base import Base, fused_loras
 from .config import TrainConfig
 from .entry import OUTPUT
 from .options import OPTIONS, plain_value
-from .pissa import INITIAL, freeze_initial, start_from_components
+from .pissa import INITIAL, balanced, freeze_initial, start_from_components
 from .ranks import adapter_arguments, module_strengths
 from .targets import Targets
 
@@ -128,19 +128,20 @@ def lora_state(transformer: Any) -> dict[str, Tensor]:
 
     Its scale is in B, so that readers who know no alpha, or take it for the rank, apply it as it was trained.
     """
-    found: dict[str, Tensor] = {}
     scales = {name: m.scaling[ADAPTER] for name, m in transformer.named_modules() if isinstance(m, LoraLayer)}
-    has_initial = INITIAL in transformer.peft_config
-    initial = get_peft_model_state_dict(transformer, adapter_name=INITIAL) if has_initial else {}
-    for name, tensor in sorted(get_peft_model_state_dict(transformer, adapter_name=ADAPTER).items()):
-        module, _, factor = name.rpartition(".lora_")
-        value = tensor.detach().float()
-        if name in initial:  # rows of A, columns of B
-            value = torch.cat([value, initial[name].float()], 0 if factor == "A.weight" else 1)
-        if factor == "B.weight" and scales[module] != 1:
-            value = value * scales[module]
-        found[f"{PREFIX}{name}"] = value.cpu().contiguous()
-    return found
+    trained = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
+    found = {name: tensor.detach().float() for name, tensor in sorted(trained.items())}
+    for module, scale in scales.items():
+        a, b = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+        if scale != 1:
+            found[b] = found[b] * scale
+    if INITIAL in transformer.peft_config:
+        initial = get_peft_model_state_dict(transformer, adapter_name=INITIAL)
+        for module, scale in scales.items():
+            a, b = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+            rows, columns = torch.cat([found[a], initial[a]]), torch.cat([found[b], scale * initial[b]], 1)
+            found[a], found[b] = balanced(rows, columns)
+    return {f"{PREFIX}{name}": tensor.cpu().contiguous() for name, tensor in found.items()}
 
 
 def save_lora(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -14,6 +14,7 @@ from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 from lorafuse_common.errors import ConfigError, LorafuseError
 
 from .adapter import (
+    ADAPTER,
     FILE_NAME,
     attach,
     compare_effects,
@@ -34,6 +35,7 @@ from .loop import Training, fit
 from .memory import describe_memory, estimate_memory, least_memory, require_memory
 from .optimizers import check_optimizer
 from .options import dump_config
+from .pissa import compute_exactly
 from .plan import Plan, make_order, plan_training
 from .precision import Precision, choose_precision
 from .resume import header, resumed, save
@@ -204,6 +206,8 @@ def _finish(training: Training, gallery: Gallery, log: Log | None) -> None:
     with without(transformer):
         bare = _probe(gallery, transformer)
     load_back(transformer, base.pipeline, unchecked)
+    if config.starts_from_components:
+        compute_exactly(transformer, ADAPTER)
     compare_effects(unchecked, bare, trained, _probe(gallery, transformer))
     unchecked.replace(final)
     say(f"saved {final}; diffusers loads it, with the effect it had in training")
