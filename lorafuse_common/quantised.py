@@ -58,7 +58,7 @@ def scale_of(weight: TensorRef, name: str, tensors: Mapping[str, TensorRef]) -> 
     """The scale that lies beside an fp8 weight called `name`; None where there is none that fits its shape."""
     stem = name.removesuffix(".weight")
     ref = next((tensors[f"{stem}.{suffix}"] for suffix in _SCALES if f"{stem}.{suffix}" in tensors), None)
-    if ref is None or ref.dtype not in _SCALE_DTYPES or len(weight.shape) < 2:
+    if ref is None or ref.dtype not in _SCALE_DTYPES or len(weight.shape) < 2 or 0 in (*weight.shape, *ref.shape):
         return None
     rows, columns = weight.shape[0], weight.numel // weight.shape[0]
     if ref.numel == 1:

@@ -14,6 +14,7 @@ MAY_IMPORT = {
     "lorafuse_common": {"lorafuse_common", "torch", "safetensors"},
     "lorafuse_common/families": {"lorafuse_common"},
     "lorafuse_common/dialects": {"lorafuse_common"},
+    "lorafuse_common/conversion": {"lorafuse_common", "torch"},
     "lorafuse_common/algebras": {"lorafuse_common", "torch"},
     "tools/fuse/lorafuse_fuse": {
         "lorafuse_common",

@@ -103,6 +103,8 @@ def fit_module(
     shape = target_shape(target.parts, places)
     if shape is None:
         return _no_shape(ground, target, module.parameter)
+    if any(0 in places[part].weight.shape for part in target.parts.names):
+        return Misfit(ProblemKind.SHAPE_MISMATCH, "the base's weight is empty")
     wider = _wider_shape(ground, target, module, algebra, shape)
     runs = runs_of(target.parts, shape[0], places)
     if (misfit := algebra.misfit(module.shapes, wider or shape)) or runs is None:
