@@ -319,3 +319,6 @@ def main() -> None:
     except LorafuseError as error:
         _say(f"error: {error}")
         sys.exit(1)
+    except OSError as error:  # a path that no file can have, a disk that fails while all is looked at
+        _say(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}")
+        sys.exit(1)

@@ -33,7 +33,7 @@ from .plan import FusePlan, blocking, without_damaged
 from .progress import ByteProgress, size_text
 from .record import header_recipe, input_paths, is_up_to_date, record_files, record_lora, record_parent
 from .report import describe_problems
-from .watch import require_unchanged, watch_inputs
+from .watch import require_names_of_text, require_unchanged, watch_inputs
 
 HEADER_KEY = "lorafuse"
 
@@ -110,6 +110,7 @@ def fuse(plan: FusePlan, options: FuseOptions) -> FuseResult:
     started = time.monotonic()
     if not options.widen_inputs:
         require_widening(plan)
+    require_names_of_text(plan)
     watched = watch_inputs(plan)
     recover(options.out)
     seen = folder_identity(options.out)

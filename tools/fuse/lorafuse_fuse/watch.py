@@ -12,8 +12,20 @@ from lorafuse_common.manifest import MANIFEST_NAME
 from lorafuse_common.scale import ADAPTER_CONFIG
 
 from .plan import FusePlan
+from .record import input_paths
 
 _SHOWN = 3
+
+
+def require_names_of_text(plan: FusePlan) -> None:
+    """Refuse files that the manifest cannot name: Linux's names are bytes, and may be no UTF-8.
+
+    Raises:
+        CheckpointError: naming the first of them.
+    """
+    for name in (*input_paths(plan.bases), *(Path(lora.request.path.name) for lora in plan.loras)):
+        if str(name).encode(errors="replace").decode() != str(name):
+            raise CheckpointError(f"{name}: its name is no UTF-8, so the manifest cannot hold it; rename the file")
 
 
 def watch_inputs(plan: FusePlan) -> dict[Path, str]:
