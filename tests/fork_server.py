@@ -88,6 +88,7 @@ def _child(job: Job, err: int, changes: int, ready: int) -> None:
     os.dup2(err, 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.alarm(120)  # should it ever hang
     if job.largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job.largest_file, job.largest_file))
     if not job.exchanges:

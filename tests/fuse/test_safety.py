@@ -117,7 +117,7 @@ def test_100_kills_at_random_moments(forks: Forks, place: Place) -> None:
             shutil.rmtree(place.out)
     place.check_inputs()
     print(dict(sorted(phases.items())))  # noqa: T201  # shown with -s
-    assert phases["2 writing, or removing"] > 20
+    assert phases["2 writing, or removing"] > 5  # 80 on an idle machine
     assert forks.run(Job(place.args(0.125, "--force")))[0].code == 0
     assert place.strength() == 0.125
     assert place.names() == ["base", "lora.safetensors", "out"]
@@ -183,7 +183,7 @@ def test_signals_at_random_moments(forks: Forks, place: Place, number: int) -> N
         assert place.strength() in (None, 1.0)
         shutil.rmtree(place.out, ignore_errors=True)
         assert place.names() == ["base", "lora.safetensors"]
-    assert stopped > 5
+    assert stopped > 0  # 10 on an idle machine
     place.check_inputs()
 
 
@@ -516,8 +516,9 @@ def test_two_runs_onto_the_same_out(run: Run, place: Place) -> None:
 @pytest.mark.slow
 def test_two_processes_that_start_at_once(forks: Forks, place: Place) -> None:
     """One wins; the other says so, or came early or late enough to find the work done."""
-    lost = 0
-    for number in range(8):
+    lost = number = 0
+    while number < 8 or (not lost and number < 50):
+        number += 1
         done = forks.run(Job(place.args(1.0 if number % 2 else 0.5, "--force"), runs=2))
         assert 0 in [d.code for d in done], done
         for other in done:
