@@ -10,13 +10,13 @@ PIECE_BYTES = 8 << 20
 WRITE_BYTES = 1 << 20
 """One call writes this many: for larger ones Linux (6.18) looks for larger pages, which can cost ten times the copy."""
 
-EDIT_BLOCK_ELEMENTS = 1 << 17
-"""Rows are computed on in blocks of this many elements: three such blocks in fp32 (1.5 MB) stay in a core's cache,
-which is twice as fast as 1 << 20. The size is fixed because it takes part in the last bit of a matrix product: same
-inputs, same bytes, for any number of workers."""
+EDIT_BLOCK_ELEMENTS = 1 << 18
+"""Rows are computed on in blocks of this many elements: three such blocks in fp32 are 3 MB, which stay near a core, and
+are few enough for Python not to matter. The size is fixed because it takes part in the last bit of a matrix product:
+same inputs, same bytes, for any number of workers."""
 
-SPARE_PIECES = 3
-"""Buffers besides those that workers hold: one being read, one waiting to be hashed, one being hashed."""
+SPARE_PIECES = 4
+"""Buffers besides those that workers hold: one being read, one waiting, one being written, one being hashed."""
 
 MOST_WORKERS = 8
 """More would wait for the hash, which runs through a file from its first byte to its last."""

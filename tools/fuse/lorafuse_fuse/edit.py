@@ -29,6 +29,7 @@ class Editor:
 
     def __init__(self, plan: ComponentPlan, ref: TensorRef, device: torch.device) -> None:
         self.ref, self._seed, self._component, self._device = ref, plan.seed, plan.base.component, device
+        self._loras = plan.loras
         self._stored = codec_of(ref, plan.scales).on(device)
         self._rows = ref.shape[0] if ref.shape else 1
         stored = plan.stored_as(ref)
@@ -37,13 +38,16 @@ class Editor:
         if device.type != "cpu":  # a piece at once: many small blocks would wait for their launch
             self._step = max(self._step, blocks.PIECE_BYTES // max(1, ref.nbytes // self._rows))
         self._sums: dict[int, tuple[float, ...]] = {}
+        self._left, self._counting = self._rows, threading.Lock()
         work = self._stored.work
-        self._patches = []
+        self._patches: dict[str, list[tuple[Patch, Mapping[str, torch.Tensor]]]] = {}
         for patch in plan.patches[ref.name]:
             factors = {role: read_tensor(factor).to(work) for role, factor in patch.module.factors.items()}
             weight = Gathered(patch, plan.scales, work)
             prepared = patch.algebra.prepare(factors, weight, patch.scale, patch.module.alpha)
-            self._patches.append((patch, {role: factor.to(device) for role, factor in prepared.items()}))
+            ready = {role: factor.to(device) for role, factor in prepared.items()}
+            self._patches.setdefault(patch.lora, []).append((patch, ready))
+        self._changed_by = tuple(self._patches)
         if ref.name in plan.scales:
             self._out = self._requantised()
 
@@ -61,19 +65,24 @@ class Editor:
         for at in range(0, len(before), self._step):
             here = slice(at, at + self._step)
             self._change_block(before[here], after[here], start + at)
+        with self._counting:
+            self._left -= len(before)
+            if not self._left:
+                self._patches = {}  # the figures of all tensors are kept to the end, their factors must not be
         return made
 
     def _change_block(self, stored: torch.Tensor, after: torch.Tensor, start: int) -> None:
-        room = self._summed(stored, start)
+        room, each = self._summed(stored, start)
         exact = room[2]
         rounded = self._out.encode(exact, after, start, noise_for(self._seed, self.ref.name, start))
         exact.sub_(self._out.decode(rounded, start))  # what rounding takes away
-        rows = room.flatten(1)
-        (weight, _, _), (_, delta, _), (_, missing, lost) = (rows @ rows.T).tolist()
-        self._sums[start] = weight, delta, lost, missing
+        weight, delta, lost = room.flatten(1)
+        pairs = (weight, weight), (delta, delta), (lost, lost), (delta, lost)
+        self._sums[start] = tuple(torch.stack([*(torch.dot(*pair) for pair in pairs), *each]).tolist())
 
-    def _summed(self, stored: torch.Tensor, start: int) -> torch.Tensor:
-        """Rows as they are, what is added to them, and the sum, (3, rows, columns); valid until the next block."""
+    def _summed(self, stored: torch.Tensor, start: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Rows as they are, what is added to them, and the sum, (3, rows, columns), valid until the next block; and
+        for each of several LoRAs the sum of the squares of what it adds."""
         room = _scratch(len(stored), self._out.columns, self._stored.work, self._device)
         before, delta, exact = room
         numbers = self._stored.decode(stored.to(self._device), start)
@@ -83,11 +92,17 @@ class Editor:
             before[:, : self._stored.columns] = numbers
             before[:, self._stored.columns :] = 0
         delta.zero_()
-        for patch, factors in self._patches:
-            columns = math.prod(patch.shape[1:])  # fewer than the tensor's, where another LoRA widens it
-            _add_rows(patch, factors, start, before[:, :columns], delta[:, :columns])
+        each = []
+        for patches in self._patches.values():
+            alone = delta if len(self._patches) == 1 else exact.zero_()
+            for patch, factors in patches:
+                columns = math.prod(patch.shape[1:])  # fewer than the tensor's, where another LoRA widens it
+                _add_rows(patch, factors, start, before[:, :columns], alone[:, :columns])
+            if alone is exact:
+                each.append(torch.dot(alone.flatten(), alone.flatten()))
+                delta.add_(alone)
         torch.add(before, delta, out=exact)
-        return room
+        return room, each
 
     def _requantised(self) -> Codec:
         """The codec of an edited fp8 weight; its scales must be known before its first row is written.
@@ -99,7 +114,7 @@ class Editor:
         for start in range(0, self._rows, self._step):
             stop = min(self._rows, start + self._step)
             stored = self._stored.view(read_rows(self.ref, start, stop))
-            largest_magnitudes(self._stored, self._summed(stored, start)[2], start, largest)
+            largest_magnitudes(self._stored, self._summed(stored, start)[0][2], start, largest)
         return rescaled(self._stored, largest)
 
     def figures(self) -> TensorChange:
@@ -109,16 +124,23 @@ class Editor:
             CheckpointError: a value is not finite.
         """
         ordered = [self._sums[start] for start in sorted(self._sums)]
-        weight, delta, error, missing = (math.fsum(column) for column in zip(*ordered, strict=True))
-        if not all(map(math.isfinite, (weight, delta, error, missing))):
+        weight, delta, error, missing, *each = (math.fsum(column) for column in zip(*ordered, strict=True))
+        if not all(map(math.isfinite, (weight, delta, error, missing, *each))):
             raise CheckpointError(
                 f"{self.ref.file}: {self.ref.name}: the fused values are not finite: the base holds NaN or Inf, "
                 f"or the sum exceeds what {self.ref.dtype} can hold. Check the base, or lower the strengths."
             )
         # A module that was never trained has no delta, and loses nothing of it.
         loss, gain = ((error / delta) ** 0.5, 1 - missing / delta) if delta else (0.0, 1.0)
-        figures = ((weight / self.ref.numel) ** 0.5, (delta / self.ref.numel) ** 0.5, loss, gain)
-        return TensorChange(self.ref.name, self._component, *(float(f"{figure:.4g}") for figure in figures))
+        rms, delta_rms, *deltas = ((square / self.ref.numel) ** 0.5 for square in (weight, delta, *each))
+        by_lora = dict(zip(self._changed_by, deltas or [delta_rms], strict=True))
+        alone = tuple(_digits(by_lora.get(lora, 0.0)) for lora in self._loras) if len(self._loras) > 1 else ()
+        rms, delta_rms, loss, gain = map(_digits, (rms, delta_rms, loss, gain))
+        return TensorChange(self.ref.name, self._component, rms, delta_rms, loss, gain, alone)
+
+
+def _digits(figure: float) -> float:
+    return float(f"{figure:.4g}")
 
 
 def block_rows(rows: int, columns: int) -> int:

@@ -23,7 +23,9 @@ Change = Callable[[memoryview], memoryview]
 
 
 class Stream:
-    """The caller reads; workers edit and write; one thread hashes the source, one the output; one drains to the disk.
+    """The caller reads; workers edit; one thread each hashes the source, writes, hashes the output, drains to the disk.
+
+    Only one writes, for Linux lets no two write to a file at once: the others would wait for it, spinning.
 
     Every read takes a buffer, which comes back when its piece is hashed and written: memory does not grow with the
     file. A fault in any thread is raised by the caller's next call, or at the end.
@@ -48,6 +50,7 @@ class Stream:
             self._free.put(allocate(blocks.PIECE_BYTES))
         self.workers = ThreadPoolExecutor(workers, "edit")
         self._hash_in, self._hash_out = ThreadPoolExecutor(1, "hash-in"), ThreadPoolExecutor(1, "hash-out")
+        self._write = ThreadPoolExecutor(1, "write")
         self._drain = _Drain(self._writing.fileno())
         self._under_way: deque[Future[None]] = deque()
         self._hash_source, self._written = hash_source, 0
@@ -87,27 +90,25 @@ class Stream:
         data = memoryview(buffer)[:count]
         fill(data, self._reading, self._path)
         seen = self._hash_in.submit(self.source_hash.update, data) if self._hash_source else None
-        made = self.workers.submit(self._make, data, seen, change, self._written)
-        self._under_way.append(self._hash_out.submit(self._finish, made, seen, buffer, self._written + size))
+        made = self.workers.submit(_make, data, seen, change) if change else _done(data)
+        wrote = self._write.submit(self._put, made, self._written)
+        self._under_way.append(self._hash_out.submit(self._finish, made, wrote, seen, buffer))
         self._written += size
         self._progress(count)
 
-    def _make(self, data: memoryview, seen: Future[None] | None, change: Change | None, offset: int) -> memoryview:
-        if change and seen:
-            seen.result()  # the source's hash has to see the bytes before they change
-        made = change(data) if change else data
-        left = made
+    def _put(self, made: Future[memoryview], offset: int) -> None:
+        left = made.result()
         while left:
             wrote = os.pwrite(self._writing.fileno(), left[: blocks.WRITE_BYTES], offset)
             left, offset = left[wrote:], offset + wrote
-        return made
+        self._drain.reach(offset)
 
-    def _finish(self, made: Future[memoryview], seen: Future[None] | None, buffer: Buffer, end: int) -> None:
+    def _finish(self, made: Future[memoryview], wrote: Future[None], seen: Future[None] | None, buffer: Buffer) -> None:
         try:
             self.output_hash.update(made.result())
+            wrote.result()
             if seen:
                 seen.result()
-            self._drain.reach(end)
         finally:
             self._free.put(buffer)
 
@@ -115,7 +116,7 @@ class Stream:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for pool in (self._hash_in, self.workers, self._hash_out):
+        for pool in (self._hash_in, self.workers, self._write, self._hash_out):
             pool.shutdown(cancel_futures=error is not None)
         self._drain.close()
         self._reading.close()
@@ -123,6 +124,18 @@ class Stream:
         if error is None:
             for future in self._under_way:
                 future.result()
+
+
+def _make(data: memoryview, seen: Future[None] | None, change: Change) -> memoryview:
+    if seen:
+        seen.result()  # the source's hash has to see the bytes before they change
+    return change(data)
+
+
+def _done(data: memoryview) -> Future[memoryview]:
+    done: Future[memoryview] = Future()
+    done.set_result(data)
+    return done
 
 
 class _Drain:

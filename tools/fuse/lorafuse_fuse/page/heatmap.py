@@ -85,9 +85,8 @@ def gain_scale() -> Scale:
     return Scale("gain", lambda change: change.gain, shade, tuple(legend), min, "least", "{:.3f}".format)
 
 
-def ratio_scale(changes: Sequence[TensorChange]) -> Scale:
+def ratio_scale(ratios: Sequence[float]) -> Scale:
     """Steps of equal ratios from the smallest delta/weight to the largest."""
-    ratios = [ratio for change in changes if (ratio := ratio_of(change))]
     low, high = (min(ratios), max(ratios)) if ratios else (0.01, 0.02)
     step = max(math.log(high / low), math.log(2)) / _SHADES
 
