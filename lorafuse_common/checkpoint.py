@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from .errors import CheckpointError
 from .families import FAMILIES, family_of_class
-from .manifest import MANIFEST_NAME, Origin
+from .manifest import KEPT_FOLDER, MANIFEST_NAME, Origin
 from .naming import Family, Layout, candidates
 from .strangers import refusal_of
 from .tensorfile import TensorFile, TensorRef, read_header
@@ -260,8 +260,8 @@ def _sharded(index: Path) -> _Weights:
 def side_files(checkpoints: Sequence[Checkpoint]) -> tuple[Path, ...]:
     """Every file of a model besides the weights of some of its transformers, relative to its folder and sorted.
 
-    Left out are hidden files, the `lorafuse.json` of a base that was itself fused, and other weights that lie beside
-    a transformer's or in the root (variants, single-file copies): unfused, they would be mistaken for fused ones.
+    Left out are hidden files, the `lorafuse.json` and LoRAs of a base that was itself fused, and other weights that
+    lie beside a transformer's or in the root (variants, single-file copies): they would be mistaken for fused ones.
     """
     return tuple(path for path in _other_files(checkpoints) if not _is_foreign_weight(checkpoints, path))
 
@@ -287,7 +287,8 @@ def _other_files(checkpoints: Sequence[Checkpoint]) -> tuple[Path, ...]:
         paths = (Path(folder) / name for name in names if not name.startswith("."))
         found += [path.relative_to(root) for path in paths if path not in weights and path.is_file()]
     only = checkpoints[0].only
-    return tuple(sorted(path for path in found if str(path) != MANIFEST_NAME and (only is None or path in only)))
+    ours = (MANIFEST_NAME, KEPT_FOLDER)
+    return tuple(sorted(path for path in found if path.parts[0] not in ours and (only is None or path in only)))
 
 
 def _is_foreign_weight(checkpoints: Sequence[Checkpoint], path: Path) -> bool:

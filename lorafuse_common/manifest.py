@@ -5,22 +5,24 @@ Deterministic: no clocks, hosts or absolute paths, so the same inputs give the s
 
 from __future__ import annotations
 
-import collections.abc
 import dataclasses
 import hashlib
 import json
-import types
-import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from .errors import ManifestError
 from .hashing import sha256_of
+from .typed_json import rebuilt
 
 MANIFEST_NAME = "lorafuse.json"
-SCHEMA = 2
+KEPT_FOLDER = "lorafuse"
+"""Where a fused folder keeps copies of its LoRAs, which are no part of the model."""
+SCHEMA = 3
+_READ = (2, SCHEMA)
+"""The schemas that are read: what 2 did not know has the meaning that its defaults have."""
 _MAX_BYTES = 64 << 20
 
 
@@ -33,16 +35,32 @@ class FileRecord:
     size: int
 
 
+class Role(StrEnum):
+    """What becomes of the fused LoRAs once the new LoRA is used."""
+
+    DEPLOY = "deploy"
+    """They stay: the new LoRA is for the fused checkpoint."""
+    SCAFFOLD = "scaffold"
+    """They are there for the training only: the new LoRA is for the checkpoint that they were fused into."""
+
+
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """How a few-step checkpoint wants to be sampled."""
+    """How a few-step checkpoint wants to be sampled: for role `scaffold`, the one that the LoRAs were fused into."""
 
     sigmas: tuple[float, ...]
     """The noise levels visited (after any shift), 1 is pure noise; without the final 0."""
     guidance_scale: float
-    """Classifier-free guidance to sample with; 1 means none."""
+    """Classifier-free guidance to sample with, 1 means none; what the model is told, where guidance is embedded."""
     source: str
     """Where it was learnt from: `--schedule`, a LoRA's file name, or the parent's manifest."""
+    scheduler: Mapping[str, object] | None = None
+    """The config of the diffusers scheduler that gives these noise levels, where it is known."""
+
+    @property
+    def steps(self) -> int:
+        """How many predictions a picture takes, guidance apart."""
+        return len(self.sigmas)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +104,9 @@ class FusedLora:
     """What `--alpha` stated for all its modules."""
     notes: tuple[str, ...] = ()
     """What was unusual about it, which may still be meant."""
+    file: str | None = None
+    """Where its file can be found again, relative to the fused folder: the copy that is kept in it, or, where none
+    is, the original if that lies near; None where it lies far away."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +122,8 @@ class TensorChange:
     """`|round(W + D) - (W + D)| / |D|`: the share of the delta that rounding destroyed."""
     gain: float
     """`<E, D> / <D, D>`: 1 means the delta arrived at full strength."""
+    lora_rms: tuple[float, ...] = ()
+    """Of the delta of each LoRA alone, in the order of `Manifest.loras`, where a fuse has several."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +133,10 @@ class Parent:
     fused_sha256: str
     loras: tuple[FusedLora, ...]
     parent: Parent | None
+    role: Role = Role.DEPLOY
+    """Of these LoRAs."""
+    base_sha256: str | None = None
+    """Identity of the weights that they were fused into; None where schema 2 did not record it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +163,33 @@ class Manifest:
     parent: Parent | None
     origin: Origin | None = None
     """Where the base came from, if from the hub."""
+    role: Role = Role.DEPLOY
+    """Of the LoRAs of this fuse; those of earlier ones have the role that `parent` records."""
+
+    @property
+    def lineage(self) -> tuple[tuple[Role, tuple[FusedLora, ...]], ...]:
+        """Every fuse that led to the weights, the last one first: role and LoRAs of each."""
+        found, parent = [(self.role, self.loras)], self.parent
+        while parent is not None:
+            found.append((parent.role, parent.loras))
+            parent = parent.parent
+        return tuple(found)
+
+    @property
+    def original_sha256(self) -> str | None:
+        """Identity of the weights that the first fuse of the lineage started from, where it is known."""
+        return self.original_of(self.component)
+
+    def original_of(self, component: str | None) -> str | None:
+        """The same for another transformer of the pipeline, which is not recorded where there were several fuses."""
+        parent = self.parent
+        if parent is None:
+            return weights_sha256(self.base, component)
+        if component != self.component:
+            return None
+        while parent.parent is not None:
+            parent = parent.parent
+        return parent.base_sha256
 
     @property
     def fused_sha256(self) -> str:
@@ -172,10 +226,11 @@ def read_manifest(folder: Path) -> Manifest | None:
         if path.stat().st_size > _MAX_BYTES:
             raise ValueError(f"{path.stat().st_size} bytes are more than any has")
         raw = json.loads(path.read_text(encoding="utf-8"))
-        if raw["schema"] != SCHEMA:
+        if raw["schema"] not in _READ:
             raise ManifestError(f"{path}: schema {raw['schema']}, this lorafuse reads {SCHEMA}: fuse again")
-        manifest: Manifest = _build(Manifest, raw)
+        manifest: Manifest = rebuilt(Manifest, raw)
         _require_inside((*manifest.base, *manifest.outputs))
+        _require_relative(lora for _, loras in manifest.lineage for lora in loras)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ManifestError(f"{path}: broken ({type(error).__name__}: {error}): fuse again") from error
     return manifest
@@ -188,25 +243,25 @@ def _require_inside(records: Iterable[FileRecord]) -> None:
             raise ValueError(f"{record.path!r} lies outside its folder")
 
 
-def _build(annotation: Any, raw: Any) -> Any:
-    """Turn JSON back into the dataclasses it was written from, by their annotations."""
-    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (typing.Union, types.UnionType):
-        return None if raw is None else _build(next(a for a in args if a is not type(None)), raw)
-    if origin is tuple and isinstance(raw, list):
-        return tuple(_build(args[0], item) for item in raw)
-    if origin is collections.abc.Mapping and isinstance(raw, dict):
-        return {key: _build(args[1], value) for key, value in raw.items()}
-    if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
-        hints = typing.get_type_hints(annotation)
-        unknown = set(raw) - set(hints)
-        if unknown:
-            raise ValueError(f"unknown entries {sorted(unknown)}")
-        needed = [f.name for f in dataclasses.fields(annotation) if f.name in raw or f.default is dataclasses.MISSING]
-        return annotation(**{name: _build(hints[name], raw[name]) for name in needed})
-    if type(raw) is not annotation and not (annotation is float and type(raw) is int):
-        raise TypeError(f"expected {annotation}, found {raw!r:.80}")
-    return raw
+def _require_relative(loras: Iterable[FusedLora]) -> None:
+    for lora in loras:
+        if lora.file is not None and (not lora.file or PurePosixPath(lora.file).is_absolute()):
+            raise ValueError(f"{lora.file!r} is no path relative to its folder")
+
+
+def find_lora(lora: FusedLora, folder: Path) -> Path | None:
+    """The file of a LoRA that was fused into the checkpoint in `folder`; None where it is gone, or is not what it was.
+
+    An `adapter_config.json` that says its scale lies beside it.
+    """
+    if lora.file is None:
+        return None
+    path = folder / lora.file
+    try:
+        is_same = path.is_file() and path.stat().st_size == lora.size and sha256_of(path) == lora.sha256
+    except OSError:
+        return None
+    return path if is_same else None
 
 
 def verify_manifest(folder: Path, manifest: Manifest, *, hashes: bool) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import filecmp
 import json
 import os
+import re
 import secrets
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -51,28 +54,56 @@ def publish_files(
     """
     staged: dict[Path, Path] = {}
     try:
-        for path, write in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            staged[path] = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-            with staged[path].open("xb") as file:
+        with contextlib.ExitStack() as opened:
+            for path, write in files.items():
+                file = opened.enter_context(temporary_beside(path))
+                staged[path] = Path(file.name)
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-        if check:
-            check()
-        if all(path.is_file() and filecmp.cmp(staged[path], path, shallow=False) for path in files):
-            return False
-        if not replace:
-            _refuse_others(staged)
-        for path, temporary in staged.items():
-            temporary.replace(path)
-            _sync(path.parent)
-        return True
+            if check:
+                check()
+            if all(path.is_file() and filecmp.cmp(staged[path], path, shallow=False) for path in files):
+                return False
+            if not replace:
+                _refuse_others(staged)
+            for path, temporary in staged.items():
+                temporary.replace(path)
+                _sync(path.parent)
+            return True
     except OSError as error:
         raise OutputError(f"{[*files][-1]}: cannot be written: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def temporary_beside(path: Path) -> Iterator[IO[bytes]]:
+    """A new file `.NAME.XXXXXXXX.tmp` beside `path`, which is locked while it is open and gone afterwards.
+
+    Those that killed runs left for the same `path` are not locked any more, and are removed first.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        file = temporary.open("xb")
+        with contextlib.suppress(OSError):  # no locks on this file system: then nobody removes it either
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if temporary.exists():  # else it was taken for a leftover before it was locked
+            break
+        file.close()
+    try:
+        with file:
+            yield file
     finally:
-        for temporary in staged.values():
-            temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+
+
+def _remove_leftovers(path: Path) -> None:
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.tmp")
+    for left in [entry for entry in path.parent.iterdir() if pattern.fullmatch(entry.name)]:
+        with contextlib.suppress(OSError), left.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()
 
 
 def _refuse_others(staged: Mapping[Path, Path]) -> None:

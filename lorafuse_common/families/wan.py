@@ -89,5 +89,6 @@ WAN = Family(
     ),
     layouts=(DIFFUSERS, ORIGINAL),
     sizes=(Size(1536, 30, "1.3B"), Size(3072, 30, "5B"), Size(5120, 40, "14B")),
+    lora_targets=("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"),
     optional=dict.fromkeys(_IMAGE_MODULES, "modules for Wan 2.1's image embedder, which this Wan has not"),
 )

@@ -436,7 +436,9 @@ def test_configurations_that_no_trainer_writes(tmp_path: Path, config: str) -> N
     [{"outputs": [{"path": "../x", "sha256": "0", "size": 1}]}, {"outputs": [{"path": 3, "sha256": "0", "size": 1}]},
      {"base": [{"path": "/etc/passwd", "sha256": "0", "size": 1}]}, {"outputs": "abc"}, {"loras": [3]}, {"loras": {}},
      {"schedule": []}, {"schedule": {"sigmas": ["x"], "guidance_scale": 1, "source": ""}}, {"family": 3}, {"seed": "x"},
-     {"parent": {"parent": {}}}, {"schema": "2"}, {"changes": [[]]}, {"origin": 1}, {"allowed": [None]}],
+     {"parent": {"parent": {}}}, {"schema": "2"}, {"changes": [[]]}, {"origin": 1}, {"allowed": [None]},
+     {"role": "x"}, {"role": 1}, {"role": None},
+     {"schedule": {"sigmas": [1.0], "guidance_scale": 1.0, "source": "", "scheduler": []}}],
 )  # fmt: skip
 def test_manifests_with_wrong_values(tmp_path: Path, change: dict[str, Any]) -> None:
     good: dict[str, Any] = {

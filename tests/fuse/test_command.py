@@ -43,8 +43,10 @@ def lora(tmp_path: Path) -> Path:
 
 
 def hashes(root: Path) -> dict[str, str]:
+    """Of every file by name, but for the LoRAs that are kept."""
     files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
-    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    found = {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {name: digest for name, digest in found.items() if not name.startswith("lorafuse/loras/")}
 
 
 def test_pipeline_folder(run: Run, tmp_path: Path, lora: Path) -> None:
@@ -240,7 +242,7 @@ def test_large_files_of_other_components_are_linked_or_copied(
 ) -> None:
     base = pipeline(tmp_path / "base")
     monkeypatch.setattr(carry, "SMALL_BYTES", 100)
-    monkeypatch.setattr(carry, "_reflink", lambda source, target: False)
+    monkeypatch.setattr(carry, "reflink", lambda source, target: False)
     assert run("fuse", base, "--lora", lora, "--out", tmp_path / "out")[0] == 0
     linked = tmp_path / "out" / "vae" / "model.safetensors"
     assert linked.is_symlink()
@@ -261,7 +263,7 @@ def test_reflinks_fall_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("owner", "name"),
-    [(execute, "_pass"), (edit.Editor, "change"), (stream.Stream, "_make"), (stream.Stream, "_finish")],
+    [(execute, "_pass"), (edit.Editor, "change"), (stream.Stream, "_put"), (stream.Stream, "_finish")],
 )
 def test_an_error_while_writing_leaves_nothing(
     run: Run, tmp_path: Path, lora: Path, monkeypatch: pytest.MonkeyPatch, owner: object, name: str
@@ -328,7 +330,7 @@ def test_a_fused_base_must_be_what_its_manifest_says(run: Run, tmp_path: Path, l
     (tmp_path / "other" / "diffusion_pytorch_model.safetensors").replace(
         tmp_path / "one" / "diffusion_pytorch_model.safetensors"
     )
-    code, _, err = run("fuse", tmp_path / "one", "--lora", lora, "--out", tmp_path / "two")
+    code, _, err = run("fuse", tmp_path / "one", "--lora", f"{lora}:0.5", "--out", tmp_path / "two")
     assert code == 1
     assert "changed after it was fused" in err
     assert not (tmp_path / "two").exists()
@@ -409,7 +411,7 @@ def test_inspect(run: Run, tmp_path: Path, lora: Path) -> None:
     assert (facts["kind"], facts["loras"][0]["name"]) == ("fused checkpoint", "lora.safetensors")
     code, out, _ = run("inspect", tmp_path / "out")
     assert code == 0
-    assert "lora.safetensors: lightning" in out
+    assert "lora.safetensors x 1: lightning" in out
     assert run("inspect", tmp_path / "absent")[0] == 1
     (tmp_path / "adapter_config.json").write_text("{}")  # a LoRA with a broken side file is no checkpoint
     code, _, err = run("inspect", lora)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import typer
 from builders import make_factors, save_model, write_lora
+from conftest import ROOT
 from safetensors import safe_open
 from safetensors.torch import load_file
 from table_models import DIALECT, Run, draw, files_in, refused
@@ -185,3 +189,31 @@ def test_a_lora_that_vanishes(convert: Run, tmp_path: Path, lora: Path, monkeypa
     assert code == 1
     assert "lora.safetensors: cannot be read: No such file or directory" in err
     assert files_in(tmp_path) == []
+
+
+def test_what_a_killed_run_left_is_removed(convert: Run, tmp_path: Path, lora: Path) -> None:
+    """Its lock went with it; that of a run which still writes is left alone, as are other files."""
+    out = tmp_path / "out.safetensors"
+    dead, other = tmp_path / ".out.safetensors.0123abcd.tmp", tmp_path / ".out.safetensors.x.tmp"
+    dead.write_bytes(b"half")
+    other.write_bytes(b"mine")
+    with writer.temporary_beside(out) as file:
+        assert not dead.exists()
+        code, _, err = convert(lora, "--to", "diffusers", "--out", out)
+        assert code == 0, err
+        assert Path(file.name).exists()
+    assert files_in(tmp_path) == [".out.safetensors.x.tmp", "lora.safetensors", "out.safetensors"]
+
+
+def test_a_run_that_is_killed_in_the_middle(tmp_path: Path, lora: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    program = (
+        "import os, signal; from lorafuse_common.conversion import writer; from pathlib import Path\n"
+        f"with writer.temporary_beside(Path({str(out)!r})) as file: os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False)
+    assert done.returncode == -signal.SIGKILL
+    (left,) = tmp_path.glob(".out.safetensors.*.tmp")
+    with writer.temporary_beside(out):
+        assert not left.exists()
+    assert files_in(tmp_path) == ["lora.safetensors"]

@@ -326,12 +326,11 @@ def test_colours() -> None:
         "g0", "g0", "g1", "g2", "w0", "w0", "w1", "w2", "w3", "w3", "over",
     ]  # fmt: skip
     changes = [TensorChange("x", None, 1.0, ratio, 0, 1) for ratio in (0.001, 0.01, 0.1, 0.0)]
-    ratio = ratio_scale(changes)
+    ratio = ratio_scale([0.001, 0.01, 0.1])
     assert [ratio.shade(ratio.of(change)) for change in changes] == ["s0", "s3", "s6", "none"]
     assert ratio.legend[0] == ("s0", "0.1 %")
-    same = ratio_scale([TensorChange("x", None, 1.0, 0.01, 0, 1)])
-    assert same.shade(0.01) == "s0"
-    assert ratio_scale([TensorChange("x", None, 0.0, 0.01, 0, 1)]).of(TensorChange("x", None, 0.0, 0.01, 0, 1)) is None
+    assert ratio_scale([0.01]).shade(0.01) == "s0"
+    assert ratio_scale([]).of(TensorChange("x", None, 0.0, 0.01, 0, 1)) is None
     light, dark = re.findall(r":root \{(.*?)\}", STYLE, re.DOTALL)[:2]
     assert set(re.findall(r"(--\w+):", light)) == set(re.findall(r"(--\w+):", dark))
     assert percent(0.0135) == "1.35 %"
@@ -381,3 +380,25 @@ def test_sizes_are_those_of_the_fused_transformers(run: Run, tmp_path: Path) -> 
     nbytes = findings_of(manifest_of(tmp_path / "out")).nbytes
     assert nbytes == (tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_size
     assert nbytes > sum(2 * param.numel() for param in tiny_transformer().parameters())
+
+
+def test_several_loras_have_a_picture_each(tmp_path: Path, run: Run) -> None:
+    """With the figures of each alone; one LoRA has none, for the sum is its own."""
+    base = save_model(tmp_path / "base")
+    one = write_lora(tmp_path / "one.safetensors", make_factors(), LIGHTNING, 2.0)
+    two = write_lora(tmp_path / "two.safetensors", make_factors(MODULES[:2], seed=2), LIGHTNING, 2.0)
+    heading = "LoRA by LoRA"
+    for loras, shown in (((one,), 0), ((one, two), 1)):
+        out = tmp_path / f"out{len(loras)}"
+        code, _, err = run("fuse", base, *(f"--lora={path}" for path in loras), "--out", out)
+        assert code == 0, err
+        manifest = read_manifest(out)
+        assert manifest
+        text = report_html(manifest, open_fused(out, manifest))
+        assert text.count(heading) == shown
+        if shown:
+            part = text[text.index(heading) :]
+            assert part.index("one.safetensors") < part.index("two.safetensors")
+            assert "5 tensors, median delta/weight" in part
+            assert "2 tensors, median delta/weight" in part
+        Page(text)

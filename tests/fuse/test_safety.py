@@ -23,7 +23,7 @@ from lorafuse_common import hashing, tensorfile
 from lorafuse_common import publish as publishing
 from lorafuse_common.dialects.lightning import LIGHTNING
 from lorafuse_common.errors import OutputError
-from lorafuse_common.manifest import MANIFEST_NAME, read_manifest, verify_manifest
+from lorafuse_common.manifest import MANIFEST_NAME, find_lora, read_manifest, verify_manifest
 from lorafuse_common.publish import publish, recover
 from lorafuse_common.tensorfile import read_header
 from lorafuse_fuse import carry, edit, execute, fuse, stream
@@ -69,8 +69,9 @@ class Place:
         assert manifest, "an output without its manifest"
         verify_manifest(self.out, manifest, hashes=True)
         assert {p.relative_to(self.out).as_posix() for p in self.out.rglob("*") if p.is_file()} == {
-            MANIFEST_NAME, *(record.path for record in manifest.outputs)
+            MANIFEST_NAME, *(record.path for record in manifest.outputs), *(str(lora.file) for lora in manifest.loras)
         }  # fmt: skip
+        assert all(find_lora(lora, self.out) for lora in manifest.loras)
         for path in (self.out / "transformer").glob("*.safetensors"):
             read_header(path)
         return manifest.loras[0].strength
@@ -343,7 +344,7 @@ def test_a_disk_that_cannot_be_read(run: Run, place: Place, monkeypatch: pytest.
 )
 @pytest.mark.parametrize(
     ("owner", "name"),
-    [(edit.Editor, "__init__"), (edit.Editor, "change"), (stream.Stream, "_make"), (stream.Stream, "_finish")],
+    [(edit.Editor, "__init__"), (edit.Editor, "change"), (stream.Stream, "_put"), (stream.Stream, "_finish")],
 )
 def test_a_fault_in_a_worker_is_one_line(
     run: Run, place: Place, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, error: Exception, says: str
@@ -679,7 +680,7 @@ def test_space_is_counted_as_it_will_be_used(
 ) -> None:
     """Wider tensors and copies of other components, and with `link` the small files that are copied anyway."""
     monkeypatch.setattr(carry, "SMALL_BYTES", 10000)
-    monkeypatch.setattr(carry, "_reflink", lambda source, target: False)
+    monkeypatch.setattr(carry, "reflink", lambda source, target: False)
     monkeypatch.setattr(fuse, "SMALL_BYTES", 10000)
     monkeypatch.setattr(execute, "free_bytes", lambda folder: 1)
     code, _, err = run(*place.args(1.0, *options))

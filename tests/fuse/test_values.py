@@ -83,7 +83,8 @@ def test_dtypes_and_shards(tmp_path: Path, dtype: torch.dtype, sharded: bool) ->
     factors = make_factors(dtype=torch.bfloat16)
     lora = write_lora(tmp_path / "x.safetensors", factors, LIGHTNING, 2.0)
     out = run_fuse(base, {lora: 1.0}, tmp_path / "out")
-    assert sorted(p.name for p in out.iterdir()) == sorted([*(p.name for p in base.iterdir()), "lorafuse.json"])
+    ours = ["lorafuse", "lorafuse.json"]
+    assert sorted(p.name for p in out.iterdir()) == sorted([*(p.name for p in base.iterdir()), *ours])
     assert_same(weights(out), expected(base, [(factors, 0.5)]))
     untouched = set(weights(base)) - {f"{m}.weight" for m in MODULES}
     before, after = weights(base), weights(out)
@@ -117,7 +118,7 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path: Path, monkeypatch:
     files = []
     for workers in (1, 2, 7):
         fuse(plan, FuseOptions(tmp_path / str(workers), workers=workers))
-        files.append([path.read_bytes() for path in sorted((tmp_path / str(workers)).iterdir())])
+        files.append([path.read_bytes() for path in sorted((tmp_path / str(workers)).rglob("*")) if path.is_file()])
     assert files[0] == files[1] == files[2]
 
 
@@ -297,3 +298,34 @@ def test_survival_figures_follow_their_definition(tmp_path: Path) -> None:
         assert change.delta_rms == pytest.approx(delta.square().mean().sqrt().item(), rel=1e-3)
         assert change.loss == pytest.approx(((fused - weight - delta).norm() / delta.norm()).item(), rel=1e-2)
         assert change.gain == pytest.approx((((fused - weight) * delta).sum() / delta.square().sum()).item(), rel=1e-2)
+
+
+def test_the_share_of_each_lora_follows_its_definition(tmp_path: Path) -> None:
+    """`lora_rms` is sqrt(mean (strength * alpha/rank * B A)^2) of each, 0 where a LoRA leaves a tensor alone."""
+    base = save_model(tmp_path / "base")
+    sets = [make_factors(), make_factors(MODULES[:2], seed=2), make_factors(MODULES[1:], seed=3)]
+    strengths = (1.0, -0.5, 0.25)
+    loras = {
+        write_lora(tmp_path / f"{i}.safetensors", factors, LIGHTNING, 2.0): strength
+        for i, (factors, strength) in enumerate(zip(sets, strengths, strict=True))
+    }
+    manifest = read_manifest(run_fuse(base, loras, tmp_path / "out"))
+    assert manifest
+    assert {change.name for change in manifest.changes} == {f"{module}.weight" for module in MODULES}
+    for change in manifest.changes:
+        deltas = [
+            strength * 0.5 * (factors[module][1].double() @ factors[module][0].double())
+            if (module := change.name.removesuffix(".weight")) in factors
+            else torch.zeros(1, dtype=torch.float64)
+            for factors, strength in zip(sets, strengths, strict=True)
+        ]
+        assert change.lora_rms == pytest.approx([float(d.square().mean().sqrt()) for d in deltas], rel=6e-4)
+        total = sum(deltas, torch.zeros((), dtype=torch.float64))
+        assert change.delta_rms == pytest.approx(float(total.square().mean().sqrt()), rel=6e-4)
+
+
+def test_one_lora_has_no_shares(tmp_path: Path) -> None:
+    lora = write_lora(tmp_path / "x.safetensors", make_factors(), LIGHTNING, 2.0)
+    manifest = read_manifest(run_fuse(save_model(tmp_path / "base"), {lora: 1.0}, tmp_path / "out"))
+    assert manifest
+    assert all(change.lora_rms == () for change in manifest.changes)

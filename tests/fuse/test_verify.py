@@ -187,7 +187,16 @@ def test_other_loras(run: Run, tmp_path: Path, base: Path, loras: tuple[Path, Pa
 
 
 def test_what_deep_needs(run: Run, base: Path, loras: tuple[Path, Path], out: Path) -> None:
-    code, _, err = run("verify", out, "--base", base, "--deep")
+    """The base, and the LoRAs where they are not kept in the folder."""
+    assert run("verify", out, "--base", base, "--deep")[0] == 0
+    manifest = read_manifest(out)
+    assert manifest
+    kept = {its.name: out / str(its.file) for its in manifest.loras}
+    aside = kept[loras[1].name].rename(out.parent / "aside.safetensors")
+    wanted = [("MISSING", manifest.loras[1].file), ("OTHER_LORA", loras[1].name)]
+    assert faults(run, out, "--base", base, "--deep") == wanted
+    aside.rename(kept[loras[1].name])
+    code, _, err = run("verify", out, "--deep")
     assert code == 1
     assert "--base BASE --lora fast.safetensors --lora style.safetensors" in err
     assert faults(run, out, "--base", base, "--lora", loras[0], "--deep") == [("OTHER_LORA", loras[1].name)]

@@ -31,11 +31,12 @@ def carry(source: Path, target: Path, final: Path, how: Components) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if how is Components.COPY or real.stat().st_size <= SMALL_BYTES:
         shutil.copyfile(real, target)
-    elif not _reflink(real, target):
+    elif not reflink(real, target):
         target.symlink_to(os.path.relpath(real, final.resolve().parent))
 
 
-def _reflink(source: Path, target: Path) -> bool:
+def reflink(source: Path, target: Path) -> bool:
+    """Make `target` share the blocks of `source`; False where the file system cannot."""
     try:
         with source.open("rb") as reading, target.open("xb") as writing:
             fcntl.ioctl(writing.fileno(), _FICLONE, reading.fileno())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Collection
 
-from lorafuse_common.manifest import FusedLora, Manifest
+from lorafuse_common.manifest import FusedLora, Manifest, Role
 
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
@@ -34,8 +34,12 @@ def fuse_command(manifest: Manifest, extra: Collection[str] = ()) -> str:
         lines.append(f"--dtype {_DTYPES.get(manifest.dtype, manifest.dtype)}")
     if manifest.seed is not None:
         lines.append(f"--rounding stochastic --seed {manifest.seed}")
+    if manifest.role is Role.SCAFFOLD:
+        lines.append("--role scaffold")
     if manifest.schedule is None:
         lines.append("--schedule none")
+    elif manifest.schedule.source.startswith("--schedule "):
+        lines.append(f"--schedule {shlex.quote(manifest.schedule.source.removeprefix('--schedule '))}")
     elif manifest.schedule.source == "--schedule":
         lines.append(f'--schedule "{",".join(number(sigma) for sigma in manifest.schedule.sigmas)}"')
     lines += [f"--allow {kind}" for kind in manifest.allowed]

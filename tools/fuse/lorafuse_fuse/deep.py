@@ -115,7 +115,7 @@ def _compare_tensor(
     if made is None or (made.dtype, made.shape) != component.stored_as(ref) or ref.name in component.scale_owners:
         return  # a fault of the header; or a scale, which is compared with its weight
     if ref.name not in component.patches:
-        at = _first_difference(ref, made)
+        at = first_difference(ref, made)
         if at is None:
             found.untouched += 1
         else:
@@ -136,7 +136,7 @@ def _describe(deviation: Deviation) -> str:
     )
 
 
-def _first_difference(first: TensorRef, second: TensorRef) -> int | None:
+def first_difference(first: TensorRef, second: TensorRef) -> int | None:
     """Where the bytes of two tensors of one size differ; None where they are the same."""
     with first.file.open("rb") as one, second.file.open("rb") as other:
         one.seek(first.start)

@@ -33,6 +33,7 @@ class ProblemKind(StrEnum):
     SCALE_CONFLICT = "SCALE_CONFLICT"
     NOT_FINITE = "NOT_FINITE"
     NO_EFFECT = "NO_EFFECT"
+    ALREADY_FUSED = "ALREADY_FUSED"
 
 
 class Misfit(NamedTuple):
@@ -122,10 +123,15 @@ def fit_module(
 def _unmatched(ground: Ground, lora: LoraFile, module: LoraModule) -> Harmless | Misfit:
     component = owner_of(module.stem, lora, ground.base.component)
     if component is None:
-        return Misfit(ProblemKind.NO_SUCH_MODULE, f"{ground.base.title} in {ground.base.root.name} has no such module")
+        return Misfit(ProblemKind.NO_SUCH_MODULE, f"{ground.base.title} in {_place(ground.base)} has no such module")
     if module.is_untrained():
         return Harmless(f"untrained modules of the {component}")
     return Misfit(ProblemKind.OTHER_COMPONENT, f"belongs to the {component}")
+
+
+def _place(base: Checkpoint) -> str:
+    """The base's name on the hub, where it came from there, or else its file's or folder's."""
+    return base.origin.uri if base.origin else base.root.name
 
 
 def _no_shape(ground: Ground, target: Target, parameter: str) -> Harmless | Misfit:

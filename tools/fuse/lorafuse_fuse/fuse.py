@@ -17,6 +17,7 @@ from lorafuse_common.manifest import (
     SCHEMA,
     FileRecord,
     Manifest,
+    Role,
     Schedule,
     dump_manifest,
     read_manifest,
@@ -29,9 +30,18 @@ from .adjust import adjusted_files
 from .blocks import default_workers
 from .carry import SMALL_BYTES, Components, carry
 from .fit import ProblemKind
+from .keep import Keeper, KeepLoras, kept_nbytes
 from .plan import FusePlan, blocking, without_damaged
 from .progress import ByteProgress, size_text
-from .record import header_recipe, input_paths, is_up_to_date, record_files, record_lora, record_parent
+from .record import (
+    base_manifest,
+    difference,
+    header_recipe,
+    input_paths,
+    record_files,
+    record_lora,
+    record_parent,
+)
 from .report import describe_problems
 from .watch import require_names_of_text, require_unchanged, watch_inputs
 
@@ -52,6 +62,8 @@ class FuseOptions:
     """Threads that edit; None for as many as there are cores, up to a limit. The result is the same."""
     device: str = "cpu"
     """Where to do the arithmetic: `cpu` or `cuda`."""
+    role: Role = Role.DEPLOY
+    keep_loras: KeepLoras = KeepLoras.COPY
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +105,7 @@ def check_out(plan: FusePlan, out: Path) -> None:
     if final.is_mount():
         raise OutputError(f"--out {out}: is where a disk is mounted, and cannot be replaced; name a folder in it")
     if final == base or (base.is_dir() and base in final.parents):
-        raise OutputError(f"--out {out}: is or lies inside the base {plan.base.root}; the base is never changed")
+        raise OutputError(f"--out {out}: is or lies inside the base {plan.base.label}; the base is never changed")
     for path in (base, *(lora.request.path.resolve() for lora in plan.loras)):
         if final in path.parents:
             raise OutputError(f"--out {out}: holds the input {path.name}, which would be lost; choose another folder")
@@ -183,8 +195,9 @@ def _existing(plan: FusePlan, options: FuseOptions) -> Manifest | None:
     try:
         manifest = read_manifest(out)
         with ByteProgress("checking inputs", plan.nbytes) as progress:
-            same = manifest and is_up_to_date(manifest, plan, options.allowed, options.schedule, progress)
-        if manifest and same:
+            usage = (options.role, options.schedule)
+            other = difference(manifest, plan, usage, options.allowed, progress) if manifest else None
+        if manifest and not other:
             verify_manifest(out, manifest, hashes=options.force)
             return manifest
     except ManifestError:
@@ -194,7 +207,8 @@ def _existing(plan: FusePlan, options: FuseOptions) -> Manifest | None:
     if options.force:
         return None
     raise OutputError(
-        f"{out}: is a fused checkpoint of other inputs. Choose another --out, or replace it with --force."
+        f"{out}: is a fused checkpoint of other inputs (what differs: {other or 'its manifest'}). "
+        "Choose another --out, or replace it with --force."
     )
 
 
@@ -202,6 +216,7 @@ def _check_space(plan: FusePlan, options: FuseOptions) -> None:
     from .execute import free_bytes
 
     needed, free = plan.output_nbytes, free_bytes(real_path(options.out).parent)
+    needed += kept_nbytes(plan, base_manifest(plan.base), options.keep_loras)
     for path in side_files(plan.bases):
         size = (plan.base.root / path).stat().st_size
         needed += size if options.components is Components.COPY or size <= SMALL_BYTES else 0
@@ -214,8 +229,11 @@ def _write(plan: FusePlan, options: FuseOptions, staging: Path) -> Manifest:
     from .execute import Written, write_fused
 
     base = plan.base
-    loras = tuple(record_lora(lora) for lora in plan.loras)
-    recipe = header_recipe(loras, __version__)
+    keeper = Keeper(options.keep_loras, staging, real_path(options.out))
+    loras = tuple(keeper.file_of(record_lora(lora), lora.request.path) for lora in plan.loras)
+    earlier = base_manifest(base)
+    origin = earlier.fused_sha256 if earlier else None
+    recipe = header_recipe(loras, __version__, options.role, options.schedule, origin)
     sources: dict[Path, str] = {}
     outputs: dict[Path, FileRecord] = {}
     written: list[Written] = []
@@ -252,8 +270,9 @@ def _write(plan: FusePlan, options: FuseOptions, staging: Path) -> Manifest:
         schedule=options.schedule,
         outputs=tuple(outputs[path] for path in sorted(outputs, key=str)),
         changes=tuple(change for done in written for change in done.changes),
-        parent=record_parent(base, sources),
+        parent=keeper.parent_of(record_parent(base, sources), base.folder),
         origin=base.origin,
+        role=options.role,
     )
 
 

@@ -14,7 +14,8 @@ from lorafuse_common.checkpoint import Checkpoint
 from lorafuse_common.errors import OutputError
 from lorafuse_common.manifest import MANIFEST_NAME, Manifest
 
-from .findings import advice, edited_tensors, findings_of, open_fused
+from .findings import advice, edited_tensors, findings_of, open_fused, ratio_of
+from .page.by_lora import lora_by_lora
 from .page.charts import schedule_chart
 from .page.heatmap import gain_scale, grouped, heat_map, ratio_scale
 from .page.markup import Markup, element
@@ -79,6 +80,7 @@ def report_html(manifest: Manifest, fused: Mapping[str | None, Checkpoint]) -> s
         hero(manifest, findings, fused, title),
         recipe(manifest, fused, edited),
         _arrival(manifest),
+        lora_by_lora(manifest),
         weakest(manifest, advice(manifest, edited)),
         _schedule(manifest),
         after(manifest, fused, edited),
@@ -102,7 +104,8 @@ def _arrival(manifest: Manifest) -> Markup:
     """The pictures."""
     if not manifest.changes:
         return Markup("")
-    ratio, gain = ratio_scale(manifest.changes), gain_scale()
+    ratio = ratio_scale([ratio for change in manifest.changes if (ratio := ratio_of(change))])
+    gain = gain_scale()
     parts: list[str] = [
         element("h2", "What arrived"),
         element(

@@ -13,10 +13,13 @@ from lorafuse_common.algebras import UNSUPPORTED, algebra_of
 from lorafuse_common.checkpoint import Checkpoint, open_checkpoint
 from lorafuse_common.errors import NotALoraError
 from lorafuse_common.lora import LoraFile, LoraModule, component_of, guess_dialect, guess_families, read_lora
-from lorafuse_common.manifest import Origin, read_manifest
+from lorafuse_common.manifest import read_manifest, weights_sha256
 from lorafuse_common.quantised import packed_format
 from lorafuse_common.scale import ScaleConflictError, resolve_scale
 from lorafuse_common.tensorfile import TensorRef
+
+from .lineage import lineage_tree
+from .provenance import provenance
 
 
 def inspect_path(path: Path, component: str | None = None) -> dict[str, Any]:
@@ -33,7 +36,8 @@ def inspect_path(path: Path, component: str | None = None) -> dict[str, Any]:
     if manifest:
         raw = asdict(manifest)
         facts |= {"kind": "fused checkpoint", "fused_sha256": manifest.fused_sha256}
-        facts |= {name: raw[name] for name in ("loras", "schedule", "allowed", "parent")}
+        facts |= {name: raw[name] for name in ("role", "loras", "schedule", "allowed", "parent")}
+        facts["base_sha256"] = weights_sha256(manifest.base, manifest.component)
         facts["origin"] = manifest.origin.uri if manifest.origin else None
     return facts
 
@@ -80,6 +84,7 @@ def _lora_facts(lora: LoraFile) -> dict[str, Any]:
         "dtypes": _dtypes(lora.source.tensors),
         "parameters": sum(ref.numel for ref in lora.source.tensors.values()),
         "bytes": lora.source.size,
+        **provenance(lora.source.metadata),
         "metadata": dict(lora.source.metadata),
     }
 
@@ -112,20 +117,19 @@ def describe_facts(facts: Mapping[str, Any]) -> str:
     lines = []
     for name, value in facts.items():
         if name == "loras":
-            lines += [
-                f"{'lora':16} {lora['name']}: {lora['dialect']}, strength {lora['strength']:g}, scale {lora['scale']}, "
-                f"{lora['applied']} of {lora['modules']} modules{_came_from(lora)}"
-                for lora in value
-            ]
-        elif value not in (None, "", {}, [], ()):
+            lines += ["lineage", *(f"  {line}" for line in lineage_tree(facts))]
+        elif name == "schedule" and value:
+            lines.append(f"{name:16} {_schedule_text(value)}")
+        elif name != "parent" and value not in (None, "", {}, [], ()):
             text = ", ".join(f"{k} ({v})" for k, v in value.items()) if isinstance(value, Mapping) else _text(value)
             lines.append(f"{name.replace('_', ' '):16} {text if len(text) <= 400 else text[:400] + ' ...'}")
     return "\n".join(lines)
 
 
-def _came_from(lora: Mapping[str, Any]) -> str:
-    origin = lora.get("origin")
-    return f", from {Origin(**origin).uri}" if origin else ""
+def _schedule_text(schedule: Mapping[str, Any]) -> str:
+    levels = ", ".join(f"{sigma:.4g}" for sigma in schedule["sigmas"])
+    guidance = f"guidance {schedule['guidance_scale']:g}"
+    return f"{len(schedule['sigmas'])} steps at {levels}, {guidance}, from {schedule['source']}"
 
 
 def _text(value: object) -> str:

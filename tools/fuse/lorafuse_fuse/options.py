@@ -8,9 +8,12 @@ from typing import Annotated
 
 import typer
 
+from lorafuse_common.manifest import Role
+
 from .carry import Components
 from .convert import Losable
 from .fit import ProblemKind
+from .keep import KeepLoras
 
 
 class Dtype(StrEnum):
@@ -69,7 +72,24 @@ AllowOption = Annotated[
 ]
 ScheduleOption = Annotated[
     str,
-    typer.Option(help='The few-step schedule to record: "1,0.9,0.75,0.5" (noise levels), auto (from the LoRAs), none.'),
+    typer.Option(
+        metavar="LEVELS|FILE|auto|none",
+        help='The few-step schedule to record: noise levels "1,0.9,0.75,0.5"; a JSON file with sigmas, or with steps '
+        "and scheduler; a diffusers scheduler_config.json with the steps (FILE:4); none; auto: what the LoRAs state or "
+        "are known for, else that of the base.",
+    ),
+]
+RoleOption = Annotated[
+    Role | None,
+    typer.Option(
+        help="deploy: the fused LoRAs stay at inference, and a new LoRA is for the fused model. scaffold: they are "
+        "there for training only, and a new LoRA is for the model they are fused into. Default: deploy, and scaffold "
+        "for known de-distill adapters.",
+    ),
+]
+KeepLorasOption = Annotated[
+    KeepLoras,
+    typer.Option(help="copy: keep copies of the LoRAs in the fused folder, for export and training; none."),
 ]
 AlphaOption = Annotated[
     list[str] | None,

@@ -47,6 +47,8 @@ class ComponentPlan:
     """Tensor -> how it is stored, where that changes."""
     seed: int | None = None
     """Of stochastic rounding; None rounds to the nearest."""
+    loras: tuple[str, ...] = ()
+    """The labels of all LoRAs of the fuse, in their order, those for another component too."""
 
     @property
     def scale_owners(self) -> dict[str, str]:
@@ -152,7 +154,10 @@ def plan_fuse(
         for tensor, patch in planned.patches:
             patches[index].setdefault(tensor, []).append(patch)
     components = tuple(
-        _component(ground, {name: tuple(ps) for name, ps in found.items()}, wide, dtype, seed)
+        replace(
+            _component(ground, {name: tuple(ps) for name, ps in found.items()}, wide, dtype, seed),
+            loras=tuple(request.label for request in requests),
+        )
         for ground, found, wide in zip(grounds, patches, widened, strict=True)
     )
     return FusePlan(components, tuple(plans), tuple(problems), dtype, seed)

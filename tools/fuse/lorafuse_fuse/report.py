@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lorafuse_common.checkpoint import Checkpoint, foreign_weights
-from lorafuse_common.manifest import Manifest
+from lorafuse_common.manifest import Manifest, Role
 
 from .findings import WEAK_GAIN, Advice, Findings, findings_of
 from .fit import ProblemKind
@@ -24,6 +24,7 @@ _ADVICE = {
     ProblemKind.INCOMPLETE_MODULE: "Download the file again.",
     ProblemKind.DUPLICATE_MODULE: "If both say the same, keep the first: --allow DUPLICATE_MODULE.",
     ProblemKind.NO_EFFECT: "The fused checkpoint would equal its base.",
+    ProblemKind.ALREADY_FUSED: "Otherwise leave it out.",
 }
 
 
@@ -50,7 +51,7 @@ def describe_problems(plan: FusePlan, problems: Sequence[Problem]) -> str:
 
 
 def _describe_kind(kind: ProblemKind, problems: Sequence[Problem]) -> list[str]:
-    if kind is ProblemKind.NO_EFFECT:
+    if kind in (ProblemKind.NO_EFFECT, ProblemKind.ALREADY_FUSED):
         return [f"  {kind}: {problem.detail}. {_ADVICE.get(kind, '')}".rstrip() for problem in problems]
     names = ", ".join(problem.subject for problem in problems[:_NAMES_SHOWN])
     more = f", and {len(problems) - _NAMES_SHOWN} more" if len(problems) > _NAMES_SHOWN else ""
@@ -107,6 +108,8 @@ def describe_result(manifest: Manifest, seconds: float, remedies: Sequence[Advic
         lines.append(
             f"few-step schedule ({manifest.schedule.source}): {len(manifest.schedule.sigmas)} steps at {sigmas}"
         )
+    if manifest.role is Role.SCAFFOLD:
+        lines.append("role scaffold: a LoRA trained on it is for the model that the LoRAs were fused into")
     return "\n".join(lines)
 
 

@@ -5,13 +5,21 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from lorafuse_common.checkpoint import open_checkpoint
 from lorafuse_common.errors import CheckpointError, ConfigError, ManifestError
 from lorafuse_common.hashing import BLOCK_BYTES, remember, stat_identity
-from lorafuse_common.manifest import MANIFEST_NAME, FileRecord, FusedLora, Manifest, read_manifest
+from lorafuse_common.manifest import (
+    KEPT_FOLDER,
+    MANIFEST_NAME,
+    FileRecord,
+    FusedLora,
+    Manifest,
+    find_lora,
+    read_manifest,
+)
 
 from .faults import Fault, FaultKind
 from .progress import ByteProgress, size_text
@@ -68,15 +76,19 @@ def verify(
 ) -> Verification:
     """Hash every file of a fused checkpoint, and its base and LoRAs where they are given; `deep` adds them up again.
 
-    Digests are computed, never remembered ones.
+    Digests are computed, never remembered ones. Where no LoRA is given, `deep` takes the copies that were kept.
 
     Raises:
         ConfigError: `deep` without the base, or without LoRAs.
     """
+    if deep and not loras:
+        kept = [(its, find_lora(its, folder)) for its in manifest.loras]
+        loras = [GivenLora(path, None, its.component) for its, path in kept if path]
     if deep and (base is None or not loras):
         names = " ".join(f"--lora {lora.name}" for lora in manifest.loras)
         raise ConfigError(f"--deep adds the LoRAs up again, so it needs --base BASE {names}")
-    faults = [*_file_faults(folder, manifest.outputs, "verifying", None), *_loaded_faults(folder, manifest)]
+    records = (*manifest.outputs, *_kept_records(manifest))
+    faults = [*_file_faults(folder, records, "verifying", None), *_loaded_faults(folder, manifest)]
     inputs = list(_base_faults(base, manifest)) if base else []
     matched, others = match_loras(manifest.loras, loras, all_needed=deep)
     inputs += others
@@ -107,6 +119,13 @@ def fresh_sha256(path: Path, progress: Callable[[int], object]) -> str:
     if stat_identity(path) == identity:
         remember({path: digest.hexdigest()})
     return digest.hexdigest()
+
+
+def _kept_records(manifest: Manifest) -> tuple[FileRecord, ...]:
+    """The copies of LoRAs in the fused folder."""
+    files = {its.file: its for _, loras in manifest.lineage for its in loras if its.file}
+    kept = {file: its for file, its in files.items() if PurePosixPath(file).parts[0] == KEPT_FOLDER}
+    return tuple(FileRecord(file, its.sha256, its.size) for file, its in kept.items())
 
 
 def _file_faults(folder: Path, records: Sequence[FileRecord], label: str, kind: FaultKind | None) -> Iterator[Fault]:

@@ -13,6 +13,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from lorafuse_common.errors import HubError
+from lorafuse_common.manifest import KEPT_FOLDER
 
 MODEL_INDEX = "model_index.json"
 _SAFETENSORS = ".safetensors"
@@ -141,7 +142,9 @@ def _is_weight(name: str) -> bool:
 
 def _small_files(listing: Collection[str]) -> list[str]:
     here = [name for name in listing if "/" not in name and not name.startswith(".") and not _is_weight(name)]
-    return [name for name in here if PurePosixPath(name).suffix.lower() in _TEXT or name.upper().startswith("LICENSE")]
+    kept = [name for name in listing if _lies_in(name, KEPT_FOLDER)]  # the LoRAs of a checkpoint that was fused
+    text = [name for name in here if PurePosixPath(name).suffix.lower() in _TEXT or name.upper().startswith("LICENSE")]
+    return kept + text
 
 
 def _lies_in(name: str, folder: str, ending: str = "") -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from lorafuse_common.checkpoint import Checkpoint, Form
 from lorafuse_common.families import FAMILIES
-from lorafuse_common.manifest import FusedLora, Manifest, Parent
+from lorafuse_common.manifest import FusedLora, Manifest, Parent, Role
 from lorafuse_common.tensorfile import TensorRef
 from lorafuse_fuse.commands import base_text, number
 from lorafuse_fuse.findings import WEAK_GAIN, Findings, components_of
@@ -29,6 +29,7 @@ _REASONS = {
     ProblemKind.UNEDITABLE_DTYPE: "modules for weights that cannot be edited",
     ProblemKind.SCALE_CONFLICT: "modules with two scales",
     ProblemKind.NOT_FINITE: "modules that hold NaN or Inf",
+    ProblemKind.ALREADY_FUSED: "files that are fused already",
 }
 
 
@@ -121,6 +122,7 @@ def recipe(manifest: Manifest, fused: Mapping[str | None, Checkpoint], edited: C
         ("stored as", ", ".join(dtypes) + (" (--dtype)" if manifest.dtype else ", as before" if dtypes else "")),
         ("rounded", "to the nearest" if manifest.seed is None else f"stochastically, seed {manifest.seed}"),
         ("let pass", ", ".join(manifest.allowed)),
+        ("role", "scaffold: dropped at inference" if manifest.role is Role.SCAFFOLD else ""),
     ]
     name = base_text(manifest)
     several = len(components_of(manifest)) > 1
