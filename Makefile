@@ -41,7 +41,7 @@ TRAIN_NEEDS += $(BUILD)/dataset/metadata.csv
 TRAIN_ARGS = $(DEMO_ARGS)
 endif
 
-.PHONY: help setup demo fuse train test check format bench bench-fuse bench-fuse-scaling clean
+.PHONY: help setup demo fuse train test check format experiment bench bench-fuse bench-fuse-scaling clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s %s\n", $$1, $$2}' Makefile
@@ -101,6 +101,18 @@ bench-fuse: $(STAMP) ## Compare a fuse with cp, diffusers, peft (SIZE=6 ROUNDS=5
 
 bench-fuse-scaling: $(STAMP) ## How a fuse grows with SIZES="3 6 12", rank and number of LoRAs; start-up times
 	@$(BIN)/python -m benchmarks.scaling $(BENCH_ARGS) --sizes $(SIZES)
+
+# make experiment SEEDS=1 STEPS=240 STYLE=neon ONLY="plain default" DOCS=build/experiment; go on with the same command.
+experiment: SEEDS ?= 3
+experiment: STEPS ?= 480
+experiment: JOBS ?= 1
+experiment: STYLE ?= ink
+experiment: DOCS ?= docs
+experiment: OUT = build/experiment
+
+experiment: $(STAMP) ## Compare ways to train on a few-step base, docs/few-step.md (SEEDS=3 STEPS=480 JOBS=1 STYLE= OUT=)
+	@$(BIN)/python $(DEMO)/experiment.py --out "$(OUT)" --docs "$(DOCS)" --seeds $(SEEDS) --steps $(STEPS) \
+	  --jobs $(JOBS) --style $(STYLE) $(if $(ONLY),--only $(ONLY)) $(EXPERIMENT_ARGS)
 
 clean: ## Remove what the demo made (not .venv)
 	rm -rf build

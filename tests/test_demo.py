@@ -16,7 +16,7 @@ from safetensors import safe_open
 from lorafuse_common.checkpoint import open_checkpoint
 from lorafuse_fuse.fuse import FuseOptions, fuse, require_clean
 from lorafuse_fuse.plan import LoraRequest, plan_fuse
-from lorafuse_fuse.record import resolve_schedule
+from lorafuse_fuse.usage import choose_usage
 
 DEMO = ROOT / "examples" / "shapes"
 BASE, LIGHTNING, NIGHT = DEMO / "base", DEMO / "lightning.safetensors", DEMO / "night.safetensors"
@@ -31,7 +31,7 @@ def fused(tmp_path_factory: pytest.TempPathFactory) -> Make:
         out = tmp_path_factory.mktemp("demo") / "fused"
         plan = plan_fuse(open_checkpoint(BASE), [LoraRequest(path, strength) for path, strength in loras.items()])
         require_clean(plan, ())
-        fuse(plan, FuseOptions(out, schedule=resolve_schedule("auto", plan.loras, plan.base)))
+        fuse(plan, FuseOptions(out, schedule=choose_usage(None, "auto", plan.loras, plan.base).schedule))
         return out
 
     return make

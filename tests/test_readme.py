@@ -9,12 +9,13 @@ from conftest import ROOT
 
 from lorafuse_fuse.cli import app
 from lorafuse_train.options import OPTIONS
+from lorafuse_train.sample_options import SAMPLE_OPTIONS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MENTIONED = set(re.findall(r"--[a-z][a-z0-9_-]*", README))
 ELSEWHERE = {
     "--local-dir",  # hf download
-    "--multi_gpu", "--num_processes",  # accelerate launch
+    "--multi_gpu", "--num_processes", "--cpu",  # accelerate launch
     "--preset_lora_path", "--preset_lora_model", "--model_paths", "--model_id_with_origin_paths",  # DiffSynth-Studio
     "--stage", "--threads",  # the demo's maker
     "--help", "--strict",
@@ -26,13 +27,16 @@ def fuse_flags() -> set[str]:
     return {flag for command in commands.values() for param in command.params for flag in param.opts if "--" in flag}
 
 
+def train_flags() -> set[str]:
+    return {f"--{name}" for name in (*OPTIONS, *SAMPLE_OPTIONS)}
+
+
 def test_every_flag_has_its_place() -> None:
-    train_flags = {f"--{name}" for name in OPTIONS}
-    assert fuse_flags() | train_flags <= MENTIONED
+    assert fuse_flags() | train_flags() <= MENTIONED
 
 
 def test_every_flag_named_exists() -> None:
-    assert fuse_flags() | {f"--{name}" for name in OPTIONS} | ELSEWHERE >= MENTIONED
+    assert fuse_flags() | train_flags() | ELSEWHERE >= MENTIONED
 
 
 def test_every_target_is_listed() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import csv
+import itertools
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from train.runs import step_rows
 
 from lorafuse_common.naming import Family
 from lorafuse_train.adapter import attach
@@ -32,9 +33,7 @@ def noise(count: int, *shape: int, seed: int = 0) -> Tensor:
     return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
 
 
-def gap_to_neighbours(
-    recipe: Recipe, transformer: Any, captions: Sequence[Encoded], shape: tuple[int, int, int]
-) -> float:
+def gap_to_neighbours(recipe: Recipe, transformer: Any, captions: Sequence[Encoded], shape: tuple[int, ...]) -> float:
     """The largest difference between predictions of a batch and of its pictures alone."""
     x, sigma = noise(len(captions), *shape), torch.linspace(0.1, 1, len(captions))
     with torch.no_grad():
@@ -46,7 +45,7 @@ def gap_to_neighbours(
     return float((together - torch.cat(alone)).abs().max())
 
 
-def silent_modules(recipe: Recipe, transformer: Any, caption: Encoded, shape: tuple[int, int, int]) -> set[str]:
+def silent_modules(recipe: Recipe, transformer: Any, caption: Encoded, shape: tuple[int, ...]) -> set[str]:
     """The linear layers that never hear of the loss, by autograd."""
     transformer.requires_grad_(False)
     names = tuple(name for name, module in transformer.named_modules() if isinstance(module, nn.Linear))
@@ -61,7 +60,7 @@ def silent_modules(recipe: Recipe, transformer: Any, caption: Encoded, shape: tu
 
 
 def losses_on_one_latent(
-    recipe: Recipe, transformer: Any, family: Family, caption: Encoded, shape: tuple[int, int, int], steps: int
+    recipe: Recipe, transformer: Any, family: Family, caption: Encoded, shape: tuple[int, ...], steps: int
 ) -> list[float]:
     """The loss of every step of a training of the family's preset on a single x0, noised always in the same way."""
     transformer.requires_grad_(False)
@@ -81,9 +80,10 @@ def losses_on_one_latent(
 
 def check_run(out: Path, printed: str) -> None:
     """A finished training: its losses are numbers, its grid is there, and the code that it printed draws a picture."""
-    with (out / "metrics.csv").open() as file:
-        assert all(float(row["loss"]) > 0 for row in csv.DictReader(file))
+    assert all(float(row["loss"]) > 0 for row in step_rows(out))
     assert (out / "samples.png").is_file()
     scope: dict[str, Any] = {}
-    exec(textwrap.dedent(printed.split("use it:\n")[1]), scope)
+    after = printed.split("use it:\n")[1].splitlines(keepends=True)
+    code = "".join(itertools.takewhile(lambda line: line.startswith("  "), after))
+    exec(textwrap.dedent(code), scope)
     assert scope["image"].size == (32, 32)

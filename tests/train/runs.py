@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,12 @@ def save_world(root: Path, made: Any = tiny, **options: Any) -> Path:
 
 def run(world: Path, out: Path, *more: str, fused: str = "fused", **options: Any) -> Path:
     """Train with options that suit a tiny model; `options` replace or extend them."""
+    cli.app(arguments_of(world, out, *more, fused=fused, **options), standalone_mode=False)
+    return out
+
+
+def arguments_of(world: Path, out: Path, *more: str, fused: str = "fused", **options: Any) -> list[str]:
+    """The arguments of that command."""
     chosen: dict[str, Any] = {
         "fused_model": world / fused,
         "dataset_base_path": world / "data",
@@ -38,6 +45,8 @@ def run(world: Path, out: Path, *more: str, fused: str = "fused", **options: Any
         "train_batch_size": 2,
         "validation_prompt": "a red circle",
         "validation_inference_steps": 2,
+        "objective_base": "fused",  # plain training, where a test does not ask for more
+        "preserve_weight": 0,
         **options,
     }
     arguments = [
@@ -46,5 +55,10 @@ def run(world: Path, out: Path, *more: str, fused: str = "fused", **options: Any
         if value is not None
         for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
     ]
-    cli.app(["train", *arguments, *more], standalone_mode=False)
-    return out
+    return ["train", *arguments, *more]
+
+
+def step_rows(out: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv that are of training steps, not of validations."""
+    with (out / "metrics.csv").open() as file:
+        return [row for row in csv.DictReader(file) if row["loss"]]

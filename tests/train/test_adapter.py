@@ -19,11 +19,15 @@ from train import tiny
 
 from lorafuse_common.errors import ConfigError
 from lorafuse_common.families.qwen_image import QWEN_IMAGE
-from lorafuse_train.adapter import FILE_NAME, attach, dropout, load_back, lora_metadata, lora_state, save_lora, without
+from lorafuse_train.adapter import FILE_NAME, attach, dropout, lora_state, spare_casts, without
 from lorafuse_train.base import open_base
 from lorafuse_train.config import TrainConfig
+from lorafuse_train.data import Sample
+from lorafuse_train.lora_file import load_back, save_lora
+from lorafuse_train.metadata import lora_header
 from lorafuse_train.options import resolve_config
 from lorafuse_train.pissa import INITIAL
+from lorafuse_train.plan import Plan
 from lorafuse_train.ranks import adapter_arguments, module_strengths, trainable
 from lorafuse_train.recipes.qwen_image import QwenImage
 from lorafuse_train.targets import Targets, resolve_targets
@@ -107,6 +111,26 @@ def test_it_starts_as_the_base_and_only_the_lora_learns(folder: Path, kind: str,
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_spared_casts_change_no_bit(folder: Path, kind: str, dtype: torch.dtype) -> None:
+    """Of predictions under autocast, and with one adapter of what is learnt: two add their gradients in bf16 then."""
+    found = []
+    for spares in (False, True):
+        transformer, asked = load(folder, dtype), config(**KINDS[kind])
+        parameters = attach(transformer, targets(transformer, asked), asked)
+        if spares:
+            spare_casts(transformer)
+        for factor in parameters.values():
+            factor.data += 0.01
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append([predict(transformer).detach()])
+            train(transformer, list(parameters.values()))
+        if "pissa" not in kind:
+            found[-1] += [factor.detach() for factor in parameters.values()]
+    assert all(one.equal(other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_file_is_what_was_trained_even_without_its_header(folder: Path, tmp_path: Path, kind: str) -> None:
     """Loaded by diffusers into the unmodified base, twice: as it is, and as readers see it who know no metadata."""
     transformer, asked = load(folder), config(fused_model=folder, **KINDS[kind])
@@ -114,7 +138,8 @@ def test_the_file_is_what_was_trained_even_without_its_header(folder: Path, tmp_
     train(transformer, list(attach(transformer, its, asked).values()))
     trained = predict(transformer).detach()
     base, file = open_base(asked), tmp_path / FILE_NAME
-    save_lora(file, lora_state(transformer), lora_metadata(base, its, asked, 2))
+    plan = Plan(asked, base, QwenImage(), its, [Sample(Path("x"), "a", "", (8, 8))])
+    save_lora(file, lora_state(transformer), lora_header(plan, 2))
     load_back(transformer, folder, file)
     loaded = predict(transformer).detach()
     fresh = load(folder)

@@ -100,7 +100,7 @@ def test_many_faults_are_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "match"),
     [
-        ("metadata.csv", "file_name,text\na.png,x\n", r"no column \['image', 'prompt'\]"),
+        ("metadata.csv", "picture,title\na.png,x\n", r"no column \['image', 'prompt'\].*--image_column"),
         ("metadata.csv", 'image,prompt\na.png,"x\n', "not CSV"),
         ("metadata.csv", "", "no column"),
         ("metadata.json", "{}", "expected a list"),

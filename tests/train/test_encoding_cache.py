@@ -11,6 +11,7 @@ from train import tiny
 from lorafuse_common.errors import DatasetError
 from lorafuse_train import cache, encode
 from lorafuse_train.cache import Cache
+from lorafuse_train.data import Prompt
 from lorafuse_train.options import resolve_config
 from lorafuse_train.plan import Plan, plan_training
 from lorafuse_train.recipes.qwen_image import QwenImage
@@ -56,7 +57,7 @@ def fill(base: Path, data: Path, *prompts: str, **options: str) -> tuple[int, in
     """Fill the cache; how often a VAE and a text encoder were loaded, and pictures and texts encoded."""
     recipe = Counting()
     plan = planned(base, data, recipe, **options)
-    encode.fill_cache(encode.open_cache(plan), plan, prompts, CPU)
+    encode.fill_cache(encode.open_cache(plan), plan, map(Prompt, prompts), CPU)
     counts = recipe.counts
     return counts["vae"], counts["text_encoder"], counts["picture"], counts["caption"]
 
@@ -95,7 +96,7 @@ def test_other_encoders_have_other_keys(base: Path, tmp_path: Path) -> None:
     found = encode.open_cache(plan)
     sample = plan.samples[0]
     keys = {
-        Cache(found.root, vae, text, recipe).latents(sample.sha256, sample.size)
+        Cache(found.root, vae, text, recipe).latents(sample)
         for vae, text, recipe in (
             (found.vae_sha256, found.text_sha256, found.recipe),
             (found.vae_sha256, "other", found.recipe),  # no other text encoder changes a picture
@@ -104,7 +105,8 @@ def test_other_encoders_have_other_keys(base: Path, tmp_path: Path) -> None:
         )
     }
     assert len(keys) == 3
-    assert found.text("a") != found.text("b") != Cache(found.root, found.vae_sha256, "other", found.recipe).text("b")
+    a, b = Prompt("a"), Prompt("b")
+    assert found.text(a) != found.text(b) != Cache(found.root, found.vae_sha256, "other", found.recipe).text(b)
 
 
 def test_what_is_read_back_is_what_was_encoded(base: Path, tmp_path: Path) -> None:

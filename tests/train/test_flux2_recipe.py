@@ -10,16 +10,18 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, Flux2Pipeline, Flux2Transformer2DModel
+from PIL import Image
 from torch import Tensor
-from train import tiny_flux2
+from train import tiny_edit, tiny_flux2
 from train.recipe_checks import CPU, check_run, gap_to_neighbours, losses_on_one_latent, noise, silent_modules
 from train.runs import run, save_world
 
 from lorafuse_common.errors import CheckpointError
 from lorafuse_common.families.flux2 import FLUX2
 from lorafuse_train.precision import Precision
+from lorafuse_train.recipes import recipe_for
 from lorafuse_train.recipes.flux2 import MANY_STEPS, Flux2, patchify, unpatchify
-from lorafuse_train.recipes.recipe import Guidance
+from lorafuse_train.recipes.recipe import ControlPicture, Guidance
 from lorafuse_train.sample import Schedule, denoise
 from lorafuse_train.targets import resolve_targets
 
@@ -152,8 +154,49 @@ def test_devs_processor_may_be_one_that_needs_torchvision(tmp_path: Path) -> Non
 
 def test_another_pipeline_of_the_family_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "Flux2KleinKVPipeline"}')
-    with pytest.raises(CheckpointError, match=r"a Flux2KleinKVPipeline; .* on a Flux2Pipeline or a Flux2KleinPipeline"):
-        RECIPE.load_text_encoder(tmp_path, CPU.device)
+    with pytest.raises(CheckpointError, match=r"a Flux2KleinKVPipeline; .* for Flux2Pipeline, Flux2KleinPipeline"):
+        recipe_for("flux2", tmp_path)
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_references_are_shown_as_by_the_pipelines(folder: Path, pipeline: Any, encoder: Any, scale: float) -> None:
+    """Pins their order, positions, crops, and the slice; the text encoder does not see them."""
+    vae, sizes = RECIPE.load_vae(folder, CPU.device), [(72, 80), (101, 67)]
+    pictures = [tiny_edit.picture(number, *size) for number, size in enumerate(sizes)]
+    controls = [
+        ControlPicture(each, RECIPE.control_size(folder, (each.height, each.width), (16, 24), 1024 * 1024))
+        for each in pictures
+    ]
+    assert [control.size for control in controls] == [(80, 72), (64, 96)]
+    shown = RECIPE.encode_controls(vae, controls, (1, 16, 24))
+    start, embedded = noise(1, *LATENT), RECIPE.guidance(folder, pipeline.transformer.config) is Guidance.EMBEDDED
+    prompt, negative = ({**RECIPE.encode_text(encoder, text), **shown} for text in (CAPTION, ""))
+    schedule = Schedule(RECIPE.sigmas(folder, 3, LATENT), scale, embedded)
+    ours = denoise(RECIPE, pipeline.transformer, start, schedule, ([prompt], negative), CPU)
+    call = eval(f"dict({RECIPE.guidance_arguments(scale)})")
+    theirs = pipeline(
+        image=pictures, prompt=CAPTION, height=16, width=24, latents=patchify(start), num_inference_steps=3,
+        output_type="latent", **call,
+    ).images  # fmt: skip
+    assert torch.allclose(ours, normalised(pipeline, theirs, LATENT[1]), atol=1e-5)
+    batch = [{**random_caption(seed), **shown} for seed in range(3)]
+    assert gap_to_neighbours(RECIPE, pipeline.transformer, batch, LATENT) < 1e-5
+
+
+def test_references_keep_their_size_up_to_a_megapixel(folder: Path, pipeline: Any) -> None:
+    """As the pipelines cut them; the tiny one's patches are of 8 pixels."""
+    for width, height in ((2000, 1500), (1025, 1024), (700, 100), (64, 511)):
+        picture = Image.new("RGB", (width, height))
+        if width * height > 1024 * 1024:
+            picture = pipeline.image_processor._resize_to_target_area(picture, 1024 * 1024)
+        expected = (picture.height // 8 * 8, picture.width // 8 * 8)
+        assert RECIPE.control_size(folder, (height, width), (64, 64), 9**9) == expected
+    assert RECIPE.control_size(folder, (1000, 1000), (64, 64), 500 * 500) == (496, 496)
+    for width, height in ((63, 100), (900, 100)):
+        with pytest.raises(ValueError, match=r"Image too small|Aspect ratio"):
+            pipeline.image_processor.check_image_input(Image.new("RGB", (width, height)))
+        with pytest.raises(ValueError, match=r"FLUX\.2 takes 64"):
+            RECIPE.control_size(folder, (height, width), (64, 64), 9**9)
 
 
 def test_encoding_is_normalised_and_inverted_by_decoding(folder: Path, pipeline: Any) -> None:

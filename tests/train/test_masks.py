@@ -14,7 +14,7 @@ from lorafuse_common.errors import DatasetError
 from lorafuse_train.data import Sample, read_dataset
 from lorafuse_train.masks import Masks, read_masks
 from lorafuse_train.options import resolve_config
-from lorafuse_train.pictures import geometry
+from lorafuse_train.pictures import Geometry
 
 
 def save(folder: Path, rows: dict[str, Image.Image | None], size: tuple[int, int] = (64, 32)) -> None:
@@ -31,7 +31,8 @@ def save(folder: Path, rows: dict[str, Image.Image | None], size: tuple[int, int
 def read(folder: Path, **given: Any) -> tuple[list[Sample], Masks | None]:
     options = {"fused_model": "x", "dataset_base_path": str(folder), "output_path": "x", "masked_loss": "mask", **given}
     config = resolve_config(options)
-    samples = read_dataset(config, geometry(config, 8))
+    fixed = (config.height, config.width) if config.height and config.width else None
+    samples = read_dataset(config, Geometry(8, config.max_pixels, fixed))
     return samples, read_masks(config, samples, lambda size: (size[0] // 4, size[1] // 4))
 
 

@@ -17,6 +17,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from train.runs import run, save_world
 
+import lorafuse_fuse.cli
 from lorafuse_common.errors import ConfigError, OutputError
 from lorafuse_train import state, train
 from lorafuse_train.adapter import FILE_NAME
@@ -40,6 +41,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"timestep_sampling": "mix:0.5", "caption_dropout": 0.5, "min_timestep": 300},
         {"ema_decay": 0.7, "ema_update_after_step": 1, "train_batch_size": 1},
         {"optimizer": "prodigy", "learning_rate": 1},
+        {"objective_base": "auto", "preserve_weight": "auto", "preserve_count": 3, "lora_dropout": 0.2},
+        {"noise_coupling": "minibatch_ot", "use_dora": True, "objective_base": "original"},
     ],
     ids=lambda options: " ".join(f"{value}" for value in options.values()) or "mid-epoch",
 )
@@ -54,8 +57,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(world: Path, tmp_path: Path, 
     assert (parts / FILE_NAME).read_bytes() == (whole / FILE_NAME).read_bytes()
     logs = [[line.split(",")[:5] for line in (out / "metrics.csv").read_text().splitlines()] for out in (whole, parts)]
     assert logs[0] == logs[1]
-    assert len(logs[0]) == 8
-    assert [json.loads(line)["step"] for line in (parts / "metrics.jsonl").read_text().splitlines()] == [*range(1, 8)]
+    validated = [0, 7]
+    assert len(logs[0]) == 1 + 7 + len(validated)
+    steps = [json.loads(line)["step"] for line in (parts / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted([*range(1, 8), *validated])
 
 
 def test_a_finished_run_can_go_on_at_a_constant_rate(world: Path, tmp_path: Path) -> None:
@@ -84,11 +89,11 @@ def test_another_training_is_not_continued(world: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         run(world, out, resume_from_checkpoint="latest", learning_rate=0.5, gradient_accumulation_steps=2)
     assert "learning_rate: 0.01 then, 0.5 now" in str(error.value)
-    assert "micro_batches_per_step: 1 then, 2 now" in str(error.value)
+    assert "micro-batches in a step (--gradient_accumulation_steps x processes): 1 then, 2 now" in str(error.value)
     data = shutil.copytree(world / "data", tmp_path / "data", ignore=shutil.ignore_patterns(".*"))
     first = min(data.glob("*.txt"), default=data / "metadata.csv")
     first.write_text(first.read_text().replace("a ", "one ", 1))
-    with pytest.raises(ConfigError, match="dataset_sha256"):
+    with pytest.raises(ConfigError, match="the dataset: its files, captions or sizes"):
         run(world, out, resume_from_checkpoint="latest", dataset_base_path=data)
     with pytest.raises(ConfigError, match=r"no checkpoint there; in .*: checkpoint-1, checkpoint-2, checkpoint-3"):
         run(world, out, resume_from_checkpoint="checkpoint-9")
@@ -102,6 +107,39 @@ def test_another_training_is_not_continued(world: Path, tmp_path: Path) -> None:
     place.write_text(json.dumps(json.loads(place.read_text()))[:-20])
     with pytest.raises(ConfigError, match="no complete checkpoint"):
         run(world, out, resume_from_checkpoint="checkpoint-3")
+
+
+def test_another_base_is_said_with_both_names(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And with its hash; only --allow_base_mismatch goes on."""
+    out = run(world, tmp_path / "out", max_train_steps=1, checkpointing_steps=1)
+    base, lora = str(world / "base"), f"{world / 'lightning.safetensors'}:0.5"
+    arguments = ["fuse", base, "--lora", lora, "--schedule", "1,0.6", "--out", str(tmp_path / "fused")]
+    lorafuse_fuse.cli.app(arguments, standalone_mode=False)
+    options: dict[str, Any] = {"fused_model": tmp_path / "fused", "max_train_steps": 2}
+    with pytest.raises(ConfigError) as error:
+        run(world, out, resume_from_checkpoint="latest", **options)
+    for part in (
+        "what was fused into --fused_model: ['lightning.safetensors x 1'] then, ['lightning.safetensors x 0.5'] now",
+        "the weights of --fused_model (sha256): '",
+    ):
+        assert part in str(error.value)
+    run(world, out, "--allow_base_mismatch", resume_from_checkpoint="latest", **options)
+    assert "going on from" in capsys.readouterr().out
+
+
+def test_what_a_killed_run_had_begun_is_removed(world: Path, tmp_path: Path) -> None:
+    out = run(world, tmp_path / "out", max_train_steps=1, checkpointing_steps=1)
+    (out / FILE_NAME).unlink()
+    left = [out / ".checkpoint-7.lorafuse-new-0a1b2c3d", out / f"{state.UNCHECKED}abc"]
+    for folder in left:
+        folder.mkdir()
+        (folder / "file").write_text("half")
+    (out / "checkpoint-1").rename(out / ".checkpoint-1.lorafuse-old-0a1b2c3d")  # it was just being replaced
+    state.clear_leftovers(out)
+    assert [path.name for path in state.checkpoints(out)] == ["checkpoint-1"]
+    assert not any(folder.exists() for folder in left)
+    run(world, out, max_train_steps=1, resume_from_checkpoint="latest")
+    assert (out / FILE_NAME).is_file()
 
 
 def test_latest_without_a_checkpoint_starts_afresh(

@@ -201,7 +201,7 @@ def test_a_training_without_t5(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "1 texts are so long" in printed
     assert "a red star a red star" not in warned
     assert "text_encoder_3=None, tokenizer_3=None" in printed
-    assert "guidance_scale=4)" in printed
+    assert "guidance_scale=4.5)" in printed
     check_run(out, printed)
 
 

@@ -153,19 +153,19 @@ def test_the_histogram_shows_what_a_run_draws(world: Path, tmp_path: Path, capsy
         colours = {colour for _, colour in picture.getcolors(10000)}  # type: ignore[union-attr]
     assert {(59, 130, 246), (220, 38, 38)} <= colours
     assert not (world / "data" / ".lorafuse_cache").exists()
-    sizes = ((32, 32), (24, 32), (32, 32))
+    shapes = ((1, 32, 32), (1, 24, 32), (1, 32, 32))
     order, levels, shifts = (
-        Order(sizes, 3, 1, 2, 1),
+        Order(shapes, 3, 1, 2, 1),
         NoiseLevels(few=(1.0,), few_share=0.3),
-        {(32, 32): 3.0, (24, 32): 1},
+        {(1, 32, 32): 3.0, (1, 24, 32): 1.0},
     )
-    samples: Any = [type("Sample", (), {"size": size}) for size in sizes]
+    samples: Any = [type("Sample", (), {"shape": shape}) for shape in shapes]
     expected = [
         sigma
         for step in range(4)
         for micro in order.step(step)
         for sigma in draw(
-            levels, shifts[sizes[micro.samples[0]]], (1,), 3, step, micro.first, len(micro.samples)
+            levels, shifts[shapes[micro.samples[0]]], (1,), 3, step, micro.first, len(micro.samples)
         ).sigma.tolist()
     ]
     assert list(histogram.draws(order, samples, 4, levels, shifts)) == expected

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 import types
@@ -11,10 +10,10 @@ from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]  # no stubs
-from train.runs import run, save_world
+from train.runs import run, save_world, step_rows
 
 from lorafuse_common.errors import ConfigError
-from lorafuse_train.log import COLUMNS
+from lorafuse_train.log import COLUMNS, VALIDATED
 from lorafuse_train.options import resolve_config
 from lorafuse_train.trackers import check_trackers
 
@@ -34,25 +33,25 @@ def board(out: Path) -> EventAccumulator:
 
 def test_files_and_tensorboard_tell_the_same(world: Path, tmp_path: Path) -> None:
     out = run(world, tmp_path / "out", max_train_steps=4, validation_steps=2, checkpointing_steps=2)
-    with (out / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = step_rows(out)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert tuple(rows[0]) == tuple(lines[0]) == COLUMNS
-    assert [{name: float(value) for name, value in row.items()} for row in rows] == lines
+    lines = [line for line in lines if "loss" in line]
+    assert tuple(rows[0]) == (*lines[0], *VALIDATED) == COLUMNS
+    assert [{name: float(value) for name, value in row.items() if value} for row in rows] == lines
     assert [line["epoch"] for line in lines] == [0.3333, 0.6667, 1.0, 1.3333]  # 3 steps, of 2, 2 and 2 pictures
     for line in lines:
         assert line["images_per_second"] == pytest.approx(2 / line["seconds"], rel=0.02, abs=0.01)
         assert line["grad_norm"] > 0 and line["lr"] == 0.01 and line["peak_memory_gib"] > 0.01
     found = board(out)
     assert [event.value for event in found.Scalars("train/loss")] == pytest.approx([line["loss"] for line in lines])
-    assert [event.step for event in found.Images("samples")] == [2, 4]
+    assert [event.step for event in found.Images("samples")] == [0, 2, 4]
     assert "lora_rank: 4" in found.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
 
 
 def test_nothing_but_the_files_where_nothing_is_asked_for(world: Path, tmp_path: Path) -> None:
     out = run(world, tmp_path / "out", report_to="none", max_train_steps=1)
     assert not (out / "logs").exists()
-    assert len((out / "metrics.csv").read_text().splitlines()) == 2
+    assert len(step_rows(out)) == 1
 
 
 class Recorder:
@@ -88,15 +87,17 @@ def test_other_trackers_hear_the_same_and_go_on(
     options: dict[str, Any] = {"report_to": name, "tracker_project_name": "shapes", "checkpointing_steps": 2}
     out = run(world, tmp_path / "out", max_train_steps=2, **options)
     kinds = [kind for kind, _ in recorder.calls]
-    assert kinds == ["init", "config", "log", "log", "log", "finish"]
+    assert kinds == ["init", "config", *["log"] * 8, "finish"]
     init, config = recorder.calls[0][1], recorder.calls[1][1]
     assert init["project"] == "shapes" and init["resume"] == "allow"
     assert config["lora_rank"] == 4
-    steps = [(step, set(values)) for kind, (step, values) in recorder.calls[2:5] if kind == "log"]
-    metrics = {f"train/{column}" for column in COLUMNS if column != "step"}
-    assert steps == [(1, metrics), (2, metrics), (2, {"samples"})]
+    steps = [(step, set(values)) for kind, (step, values) in recorder.calls[2:10] if kind == "log"]
+    metrics = {f"train/{column}" for column in COLUMNS if column not in ("step", *VALIDATED)}
+    health = {"health_agreement", "health_sharpness"}
+    looks = [[(step, {"samples"}), (step, health), (step, {"health"})] for step in (0, 2)]
+    assert steps == [*looks[0], (1, metrics), (2, metrics), *looks[1]]
     run(world, out, max_train_steps=3, resume_from_checkpoint="latest", **options)
-    again = next(given for kind, given in recorder.calls[6:] if kind == "init")
+    again = next(given for kind, given in recorder.calls[11:] if kind == "init")
     assert (again.get("id"), again["name"]) == (init.get("id"), init["name"])
     run(world, out, "--overwrite_output_dir", max_train_steps=1, **options)
     fresh = [given for kind, given in recorder.calls if kind == "init"][-1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import subprocess
@@ -22,7 +21,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from train import tiny
-from train.runs import run, save_world
+from train.runs import run, save_world, step_rows
 
 from lorafuse_common.errors import CheckpointError
 from lorafuse_common.manifest import read_manifest
@@ -71,11 +70,10 @@ def test_a_training_from_start_to_end(
         checkpointing_steps=2, validation_steps=2,
     )  # fmt: skip
     assert sorted(path.name for path in out.iterdir()) == [
-        "checkpoint-2", "checkpoint-3", "logs", "metrics.csv", "metrics.jsonl", FILE_NAME, "samples", "samples.png",
-        "train_config.yaml",
+        "README.md", "checkpoint-2", "checkpoint-3", "health.png", "images", "logs", "metrics.csv", "metrics.jsonl",
+        FILE_NAME, "samples", "samples.png", "train_config.yaml",
     ]  # fmt: skip
-    with (out / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = step_rows(out)
     assert [row["step"] for row in rows] == ["1", "2", "3"]
     assert all(float(row["loss"]) > 0 and row["lr"] == "0.01" for row in rows)
     assert effect(out, world).norm() > 0
@@ -215,8 +213,7 @@ def test_it_learns_one_picture(world: Path, tmp_path: Path) -> None:
         world, tmp_path / "out", dataset_base_path=data, dataset_repeat=4, train_batch_size=4, max_train_steps=120,
         lora_rank=16, learning_rate=0.01, lora_target_modules="preset",
     )  # fmt: skip
-    with (out / "metrics.csv").open() as file:
-        losses = [float(row["loss"]) for row in csv.DictReader(file)]
+    losses = [float(row["loss"]) for row in step_rows(out)]
     assert sum(losses[-20:]) < 0.5 * sum(losses[:20])
 
 
@@ -253,7 +250,7 @@ def test_two_processes_give_what_one_gives(world: Path, tmp_path: Path) -> None:
     arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     arguments += ["--fused_model", str(world / "fused"), "--output_path", str(tmp_path / "both"), "--lora_rank", "4"]
     arguments += ["--learning_rate", "0.01", "--lr_warmup_steps", "0", "--validation_inference_steps", "2"]
-    arguments += ["--validation_prompt", "a red circle"]
+    arguments += ["--validation_prompt", "a red circle", "--objective_base", "fused", "--preserve_weight", "0"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     path = ":".join(entry for entry in sys.path if entry)
     done = subprocess.run(

@@ -14,9 +14,10 @@ from train.runs import run, save_world
 
 from lorafuse_common.errors import CheckpointError, ConfigError, LorafuseError, ManifestError, OutputError
 from lorafuse_train import cli
-from lorafuse_train.adapter import FILE_NAME, lora_metadata
+from lorafuse_train.adapter import FILE_NAME
 from lorafuse_train.data import Sample
 from lorafuse_train.encode import Encodings
+from lorafuse_train.metadata import lora_header
 from lorafuse_train.objective import loss_sum
 
 
@@ -109,10 +110,10 @@ def test_a_lora_that_loads_differently_is_an_error(
     """diffusers applies any alpha without a word."""
 
     def other(*origin: Any) -> dict[str, str]:
-        found = lora_metadata(*origin)
+        found = lora_header(*origin)
         return {**found, "lora_adapter_metadata": found["lora_adapter_metadata"].replace('alpha": 4', 'alpha": 2')}
 
-    monkeypatch.setattr("lorafuse_train.resume.lora_metadata", other)
+    monkeypatch.setattr("lorafuse_train.resume.lora_header", other)
     with pytest.raises(LorafuseError, match="something else than it did in training"):
         run(world, tmp_path / "out")
     assert not (tmp_path / "out" / FILE_NAME).exists()
@@ -137,7 +138,7 @@ def test_ctrl_c_leaves_no_half_written_file(
     assert status == 130
     assert capsys.readouterr().err.endswith("stopped by Ctrl-C; what was saved before is complete\n")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "checkpoint-2", "logs", "metrics.csv", "metrics.jsonl", "train_config.yaml",
+        "checkpoint-2", "logs", "metrics.csv", "metrics.jsonl", "samples", "train_config.yaml",
     ]  # fmt: skip
     load_file(tmp_path / "out" / "checkpoint-2" / FILE_NAME)
 

@@ -40,8 +40,8 @@ DYNAMIC_SCHEDULER = {
 """The real Qwen-Image's scheduler."""
 
 
-def tokenizer() -> Any:
-    """A byte-level BPE in which the pipeline's prompt prefix is exactly the 34 tokens that it drops."""
+def tokenizer(prefix: str = PREFIX, dropped: int = 34) -> Any:
+    """A byte-level BPE in which the pipeline's prompt prefix is exactly the tokens that it drops."""
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -51,22 +51,25 @@ def tokenizer() -> Any:
         ]
     )
     bpe.decoder = decoders.ByteLevel()
-    pieces = [piece for piece in re.split(r"<\|[a-z_]+\|>", PREFIX + WORDS + SUFFIX) if piece]
+    pieces = [piece for piece in re.split(r"<\|[a-z_]+\|>", prefix + WORDS + SUFFIX) if piece]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=2000, min_frequency=1, initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(pieces, trainer)
     model = json.loads(bpe.to_str())["model"]
     made = Qwen2Tokenizer(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]])
     made.add_special_tokens({"additional_special_tokens": list(SPECIAL)})
-    assert len(made(PREFIX).input_ids) == 34
+    assert len(made(prefix).input_ids) == dropped
     return made
 
 
-def pipeline(*, layers: int = 2, scheduler: dict[str, Any] | None = None) -> Any:
-    """A random pipeline of 4x reduction, whose pictures are multiples of 8 pixels; weights fixed by a seed."""
+def pipeline(*, layers: int = 2, scheduler: dict[str, Any] | None = None, words: Any = None, **options: Any) -> Any:
+    """A random pipeline of 4x reduction, whose pictures are multiples of 8 pixels; weights fixed by a seed.
+
+    `words` is its tokenizer, and `options` are further ones of the transformer.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        words = tokenizer()
+        words = words or tokenizer()
         text_config = {
             "hidden_size": 16,
             "intermediate_size": 32,
@@ -78,7 +81,13 @@ def pipeline(*, layers: int = 2, scheduler: dict[str, Any] | None = None) -> Any
         }
         vision_config = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
         encoder = Qwen2_5_VLForConditionalGeneration(
-            Qwen2_5_VLConfig(text_config=text_config, vision_config=vision_config)
+            Qwen2_5_VLConfig(
+                text_config=text_config,
+                vision_config=vision_config,
+                vision_start_token_id=words.convert_tokens_to_ids("<|vision_start|>"),
+                image_token_id=words.convert_tokens_to_ids("<|image_pad|>"),
+                video_token_id=words.convert_tokens_to_ids("<|video_pad|>"),
+            )
         )
         vae = AutoencoderKLQwenImage(
             base_dim=8,
@@ -98,6 +107,7 @@ def pipeline(*, layers: int = 2, scheduler: dict[str, Any] | None = None) -> Any
             num_attention_heads=2,
             joint_attention_dim=16,
             axes_dims_rope=(8, 4, 4),
+            **options,
         )
     return QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**(scheduler or {"shift": 2.0})),

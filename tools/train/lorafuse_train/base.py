@@ -19,6 +19,7 @@ from lorafuse_common.manifest import (
     FusedLora,
     Manifest,
     Parent,
+    Role,
     read_manifest,
     verify_manifest,
     weights_sha256,
@@ -27,6 +28,7 @@ from lorafuse_common.naming import Family
 from lorafuse_common.tensorfile import TensorFile
 
 from .config import TrainConfig
+from .experts import Expert, find_expert
 from .weights import stored_dtype
 
 if TYPE_CHECKING:
@@ -55,6 +57,15 @@ class Base:
     manifest: Manifest | None
     fused_sha256: str
     """Identity of the transformer's weights; goes into the LoRA."""
+    component: str = DEFAULT_COMPONENT
+    """The transformer's name in the pipeline."""
+    expert: Expert | None = None
+    """Which of two experts it is; None where the pipeline has one transformer."""
+
+    @property
+    def is_scaffold(self) -> bool:
+        """Whether what was fused is there for the training only, and the new LoRA is for the original base."""
+        return self.manifest is not None and self.manifest.role is Role.SCAFFOLD
 
     @property
     def known_sha256(self) -> Mapping[Path, str]:
@@ -72,8 +83,9 @@ def open_base(config: TrainConfig) -> Base:
     """
     folder = config.fused_model
     manifest = _manifest(config)
-    component = manifest.component if manifest else None
-    checkpoint = open_checkpoint(folder, component)
+    component = config.component or (manifest.component if manifest else None)
+    is_pipeline = (folder / "model_index.json").is_file()
+    checkpoint = open_checkpoint(folder, component if is_pipeline else None)
     if checkpoint.form is Form.FILE:
         raise CheckpointError(
             f"{folder}: is a single file; training needs the model's config.json, so fuse a folder "
@@ -86,15 +98,18 @@ def open_base(config: TrainConfig) -> Base:
         raise CheckpointError(f"{transformer}: no config.json with a _class_name; expected a diffusers model folder")
     dtype = DTYPES.get(config.base_dtype) or trainable_dtype(stored_dtype(transformer))
     records = manifest.outputs if manifest else _hash_weights(checkpoint.files)
+    pipeline = _pipeline(config, checkpoint.form)
     return Base(
         folder,
         transformer,
-        _pipeline(config, checkpoint.form),
+        pipeline,
         _family(folder, manifest, str(model_config["_class_name"])),
         model_config,
         dtype,
         manifest,
-        weights_sha256(records, component),
+        weights_sha256(records, component if manifest and is_pipeline else None),
+        component or DEFAULT_COMPONENT,
+        find_expert(pipeline, component or DEFAULT_COMPONENT),
     )
 
 
@@ -187,7 +202,7 @@ def check_parts(base: Base, recipe: Recipe, original: Path | None) -> None:
         if part not in absent and not (base.pipeline / part).is_dir()
     ]
     if original is not None:
-        found = (read_json(original_transformer(original) / "config.json") or {}).get("_class_name")
+        found = (read_json(original_transformer(original, base.component) / "config.json") or {}).get("_class_name")
         if found != base.config["_class_name"]:
             faults.append(f"--original_model {original}: has a {found}, expected a {base.config['_class_name']}")
     if faults:
@@ -200,9 +215,9 @@ def absent_parts(pipeline: Path, recipe: Recipe) -> tuple[str, ...]:
     return tuple(part for part in recipe.optional_parts if index.get(part, [None, None]) == [None, None])
 
 
-def original_transformer(folder: Path) -> Path:
+def original_transformer(folder: Path, component: str = DEFAULT_COMPONENT) -> Path:
     """The transformer's folder of `--original_model`, which may be a pipeline or the transformer itself."""
-    return folder / DEFAULT_COMPONENT if (folder / "model_index.json").is_file() else folder
+    return folder / component if (folder / "model_index.json").is_file() else folder
 
 
 def load_transformer(base: Base, folder: Path, device: torch.device) -> Any:

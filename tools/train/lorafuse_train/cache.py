@@ -13,8 +13,9 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 from .atomic import write_atomically
+from .data import Prompt, Sample
 
-LATENTS, TEXT = "latents", "text"
+LATENTS, CONTROLS, TEXT = "latents", "controls", "text"
 LAYOUT = 1
 """Raised when the files below `root` change their form."""
 
@@ -29,19 +30,31 @@ class Cache:
     text_sha256: str
     """Of the text encoder's and the tokenizer's files."""
     recipe: str
-    """Family and version of the recipe that encodes."""
+    """Name and version of the recipe that encodes."""
+    text_sees_controls: bool = False
+    """`Recipe.text_sees_controls`."""
 
-    def latents(self, picture_sha256: str, size: tuple[int, int]) -> Path:
-        """Where the latents of a picture lie that trains at `size` (height, width)."""
-        return self._path(LATENTS, self.vae_sha256, picture_sha256, list(size))
+    def latents(self, sample: Sample) -> Path:
+        """Where the latents of a picture or video lie."""
+        frames = [list(sample.excerpt)] if sample.excerpt else []
+        return self._path(LATENTS, self.vae_sha256, sample.sha256, list(sample.size), *frames)
 
-    def text(self, caption: str) -> Path:
-        """Where the embeddings of a caption lie."""
-        return self._path(TEXT, self.text_sha256, caption)
+    def controls(self, prompt: Prompt) -> Path:
+        """Where the latents of control pictures lie, which may depend on the shape of what is drawn."""
+        return self._path(CONTROLS, self.vae_sha256, _shown(prompt), list(prompt.shape))
+
+    def text(self, prompt: Prompt) -> Path:
+        """Where the embeddings of a caption lie, with its controls where the text encoder sees them."""
+        shown = [_shown(prompt)] if self.text_sees_controls and prompt.controls else []
+        return self._path(TEXT, self.text_sha256, prompt.caption, *shown)
 
     def _path(self, kind: str, *origin: object) -> Path:
         key = hashlib.sha256(json.dumps([LAYOUT, kind, self.recipe, *origin]).encode()).hexdigest()
         return self.root / kind / key[:2] / f"{key}.safetensors"
+
+
+def _shown(prompt: Prompt) -> list[list[object]]:
+    return [[control.sha256, list(control.size), control.is_video] for control in prompt.controls]
 
 
 def store(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -15,6 +15,14 @@ from lorafuse_common.errors import LorafuseError
 from .console import only_errors
 from .option import Option
 from .options import OPTIONS, resolve_config
+from .sample_options import SAMPLE_OPTIONS, resolve_sample
+
+NOT_REQUIRED: Mapping[str, tuple[str, ...]] = {
+    "check": ("fused_model", "output_path"),
+    "cache": ("output_path",),
+    "make_dedistill": ("dataset_base_path",),
+}
+"""The required options that a command does without."""
 
 app = typer.Typer(
     add_completion=False,
@@ -30,11 +38,11 @@ def lorafuse_train() -> None:
     """Train a new LoRA on a checkpoint that `lorafuse fuse` wrote."""
 
 
-def _parameter(option: Option) -> inspect.Parameter:
+def _parameter(option: Option, required: bool) -> inspect.Parameter:
     """The typer parameter of one option; None stands for "not given", so that YAML and defaults can speak."""
     entry = option.entry
     text = entry.help + (f" One of: {', '.join(entry.choices)}." if len(entry.choices) > 1 else "")
-    if option.required:
+    if required:
         text += " Required."
     elif option.default not in (None, "", " ") and option.kind is not bool and not option.many:
         text += f" Default: {option.default}."
@@ -48,8 +56,23 @@ def _parameter(option: Option) -> inspect.Parameter:
 
 
 def _with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one parameter for every field of `TrainConfig`."""
-    parameters = [_parameter(option) for option in OPTIONS.values()]
+    """Give a command one parameter for every field of `TrainConfig` that it takes."""
+    name = command.__name__
+    parameters = [
+        _parameter(option, option.required and option.name not in NOT_REQUIRED.get(name, ()))
+        for option in OPTIONS.values()
+        if not option.entry.commands or name in option.entry.commands
+    ]
+    return _with_parameters(command, parameters)
+
+
+def _with_own(options: Mapping[str, Option]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one parameter for each of its own options."""
+    parameters = [_parameter(option, option.required) for option in options.values()]
+    return lambda command: _with_parameters(command, parameters)
+
+
+def _with_parameters(command: Callable[..., None], parameters: list[inspect.Parameter]) -> Callable[..., None]:
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
@@ -88,6 +111,66 @@ def show_timesteps(**given: Any) -> None:
         from .histogram import show_timesteps as show
 
     show(config)
+
+
+@app.command()
+@_with_options
+def check(**given: Any) -> None:
+    """Check every row, picture and caption of a data set, list all faults, and say what is in it. Changes nothing.
+
+    Takes the options of a training. --fused_model tells which sizes, columns and caption lengths its family takes.
+    Ends with status 1 where there are faults.
+    """
+    config = resolve_config(given, NOT_REQUIRED["check"])
+    from .check import run_check
+
+    run_check(config)
+
+
+@app.command()
+@_with_options
+def cache(**given: Any) -> None:
+    """Compute what a training needs of the VAE and the text encoder, and nothing else; what is there is not done again.
+
+    Several processes may work on one cache, started by accelerate launch or by hand.
+    """
+    config = resolve_config(given, NOT_REQUIRED["cache"])
+    with only_errors():
+        from .cache_command import run_cache
+
+    try:
+        run_cache(config)
+    except KeyboardInterrupt:
+        _complain("lorafuse-train: stopped by Ctrl-C; what was computed before is kept")
+        raise typer.Exit(130) from None
+
+
+@app.command()
+@_with_own(SAMPLE_OPTIONS)
+def sample(**given: Any) -> None:
+    """Draw prompts with a fused base, without and with LoRAs: a grid, and a PNG for each picture.
+
+    In few steps where lorafuse.json says how. A LoRA that was trained on another base is refused.
+    """
+    config = resolve_sample(given)
+    with only_errors():
+        from .sample_command import run_sample
+
+    run_sample(config)
+
+
+@app.command("make-dedistill")
+@_with_options
+def make_dedistill(**given: Any) -> None:
+    """Make an adapter that turns a few-step base into an ordinary one again, to train on (`fuse --role scaffold`).
+
+    The base draws pictures in its few steps, and a LoRA is trained on them by plain flow matching at a low rate.
+    Takes the options of a training but the data set's. The pictures stay in --output_path.
+    """
+    with only_errors():
+        from .dedistill import make_dedistill as make
+
+    make(given)
 
 
 def main() -> None:

@@ -7,9 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from .config_dataset import CacheOptions, ColumnOptions
+from .config_few_step import FewStepOptions
+from .config_output import ResultOptions
 from .config_training import LoraOptions, NoiseOptions, OptimizerOptions, TrainingOptions
+from .config_video import VideoOptions
 from .entry import BASE, DATA, MEMORY, NOT_NEGATIVE, ONE_OR_MORE, OUTPUT, SAMPLES, SEED, Entry
 
+AUTO_KEYS, IMAGE, VIDEO, PROMPT, EDIT_IMAGE = "auto", "image", "video", "prompt", "edit_image"
+"""What `data_file_keys` is by default, and the usual columns of a dataset."""
 TRACKERS = ("tensorboard", "wandb", "trackio")
 NO_TRACKER = "none"
 
@@ -23,6 +29,10 @@ class BaseOptions:
         tuple[Path, ...], Entry(BASE, "Check that this LoRA file is fused into --fused_model. Repeatable.")
     ] = ()
     allow_unfused_base: Annotated[bool, Entry(BASE, "Accept a --fused_model without lorafuse.json.")] = False
+    allow_base_mismatch: Annotated[
+        bool,
+        Entry(BASE, "Accept a --lora_checkpoint, or a checkpoint to resume from, that was trained on another base."),
+    ] = False
     verify: Annotated[
         bool, Entry(BASE, "Also compare the sha256 of every file of --fused_model with lorafuse.json.")
     ] = False
@@ -45,15 +55,42 @@ class DataOptions:
         Entry(
             DATA,
             (
-                "metadata.csv, .json or .jsonl with the columns image and prompt. "
+                "metadata.csv, .json or .jsonl with the columns image (or video), prompt and edit_image. "
                 "Default: the one in --dataset_base_path, else pictures with .txt files beside them."
             ),
         ),
     ] = None
-    data_file_keys: Annotated[str, Entry(DATA, "Columns that hold files.", choices=("image",))] = "image"
+    data_file_keys: Annotated[
+        str,
+        Entry(
+            DATA,
+            (
+                "Columns that hold files, such as image,edit_image: image or video is learned, every other one holds "
+                "control pictures, one or a list. auto: image, video and edit_image, where they are there."
+            ),
+            form=r"[^,]+(,[^,]+)*",
+            expected="auto, or columns with commas between them",
+        ),
+    ] = AUTO_KEYS
+    dataset_control_path: Annotated[
+        tuple[Path, ...],
+        Entry(
+            DATA,
+            (
+                "Folder with the control pictures of pictures that have .txt files, under the same names. Repeatable: "
+                "a second control picture each."
+            ),
+        ),
+    ] = ()
     dataset_repeat: Annotated[int, Entry(DATA, "Times each picture is seen in an epoch.", bounds=ONE_OR_MORE)] = 1
     max_pixels: Annotated[
-        int, Entry(DATA, "Larger pictures are reduced to this area, in their own shape.", bounds=ONE_OR_MORE)
+        int,
+        Entry(
+            DATA,
+            "Larger pictures are reduced to this area, in their own shape. Control pictures have the family's sizes "
+            "for it.",
+            bounds=ONE_OR_MORE,
+        ),
     ] = 1_048_576
     height: Annotated[
         int | None, Entry(DATA, "With --width: cut every picture to this height.", bounds=ONE_OR_MORE)
@@ -65,6 +102,11 @@ class DataOptions:
         Path | None,
         Entry(DATA, "Where latents and text embeddings are kept. Default: <dataset_base_path>/.lorafuse_cache"),
     ] = None
+
+    @property
+    def file_keys(self) -> tuple[str, ...]:
+        """The columns that `--data_file_keys` names."""
+        return tuple(key.strip() for key in self.data_file_keys.split(","))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,15 +157,49 @@ class SampleOptions:
         tuple[str, ...],
         Entry(SAMPLES, "A column of the picture grid. Repeatable. Default: up to 8 captions of the dataset."),
     ] = ()
+    validation_prompts: Annotated[
+        Path | None,
+        Entry(
+            SAMPLES,
+            (
+                "Columns from a file: .txt with one prompt a line; .csv, .json, .jsonl or .yaml with prompt and, where "
+                "wanted, seed, height, width, steps, guidance_scale, negative_prompt and edit_image."
+            ),
+        ),
+    ] = None
     validation_steps: Annotated[
-        int, Entry(SAMPLES, "Draw a grid every so many steps; 0: only at the end.", bounds=NOT_NEGATIVE)
+        int,
+        Entry(
+            SAMPLES,
+            "Draw a grid and measure the few-step health every so many steps; 0: only before the first and at the end.",
+            bounds=NOT_NEGATIVE,
+        ),
     ] = 0
     validation_inference_steps: Annotated[int, Entry(SAMPLES, "Steps of the long schedule.", bounds=ONE_OR_MORE)] = 30
     validation_guidance_scale: Annotated[
-        float, Entry(SAMPLES, "Classifier-free guidance of the long schedule; 1: none.", bounds=ONE_OR_MORE)
-    ] = 4.0
+        float | None,
+        Entry(SAMPLES, "Guidance of the long schedule; 1: none. Default: what suits the family.", bounds=ONE_OR_MORE),
+    ] = None
     validation_negative_prompt: Annotated[str, Entry(SAMPLES, "What the guidance leads away from.")] = " "
     validation_seed: Annotated[int, Entry(SAMPLES, "Seed of the noise the pictures start from.", bounds=SEED)] = 0
+    validation_split: Annotated[
+        float,
+        Entry(
+            SAMPLES,
+            (
+                "Hold so many pictures, or below 1 this share of them, back from the training and measure the loss on "
+                "them, at noise that is the same in every run. Which ones is decided by their content."
+            ),
+            bounds=NOT_NEGATIVE,
+        ),
+    ] = 0.0
+    validation_dataset_path: Annotated[
+        Path | None, Entry(SAMPLES, "Measure that loss on this dataset folder instead, in the same form.")
+    ] = None
+    validation_loss_steps: Annotated[
+        int,
+        Entry(SAMPLES, "Measure it every so many steps; 0: whenever a grid is drawn.", bounds=NOT_NEGATIVE),
+    ] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,13 +235,18 @@ class OutputOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(  # dataclasses collect fields from the last class to the first
+    ResultOptions,
     OutputOptions,
+    CacheOptions,
     SampleOptions,
     MemoryOptions,
+    FewStepOptions,
     NoiseOptions,
     OptimizerOptions,
     TrainingOptions,
     LoraOptions,
+    ColumnOptions,
+    VideoOptions,
     DataOptions,
     BaseOptions,
 ):

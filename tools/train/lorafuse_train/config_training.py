@@ -214,12 +214,27 @@ class NoiseOptions:
         ),
     ] = None
     min_timestep: Annotated[
-        float,
-        Entry(NOISE, "Draw no noise level below this, of 0 (a clean picture) to 1000 (noise).", bounds=TIMESTEPS),
-    ] = 0.0
+        float | None,
+        Entry(
+            NOISE,
+            (
+                "Draw no noise level below this, of 0 (a clean picture) to 1000 (noise). Default: 0, or where the "
+                "range of the trained expert begins."
+            ),
+            bounds=TIMESTEPS,
+        ),
+    ] = None
     max_timestep: Annotated[
-        float, Entry(NOISE, "Draw none above this; both cut the density off, and do not squeeze it.", bounds=TIMESTEPS)
-    ] = 1000.0
+        float | None,
+        Entry(
+            NOISE,
+            (
+                "Draw none above this; both cut the density off, and do not squeeze it. Default: 1000, or where the "
+                "range of the trained expert ends."
+            ),
+            bounds=TIMESTEPS,
+        ),
+    ] = None
     loss_weighting: Annotated[
         str,
         Entry(

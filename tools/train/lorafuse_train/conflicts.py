@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TypeAlias
 
-from .config import NO_TRACKER, TrainConfig
+from .config import AUTO_KEYS, IMAGE, NO_TRACKER, PROMPT, VIDEO, TrainConfig
+from .config_few_step import MINIBATCH_OT, MOST_MATCHED
 from .config_training import PRODIGY, WITH_ADAM
 
 Fault: TypeAlias = tuple[tuple[str, ...], str]
@@ -18,12 +19,39 @@ ADAM = {"adam_beta1": "betas", "adam_beta2": "betas", "adam_weight_decay": "weig
 
 def conflicts(config: TrainConfig) -> list[Fault]:
     """Everything in the options that contradicts itself."""
-    return [*_general(config), *_lora(config), *_schedule(config), *_optimizer(config), *_noise(config), *_loss(config)]
+    return [
+        *_general(config),
+        *_files(config),
+        *_video(config),
+        *_lora(config),
+        *_schedule(config),
+        *_optimizer(config),
+        *_noise(config),
+        *_loss(config),
+        *_validation(config),
+        *_few_step(config),
+        *_result(config),
+    ]
 
 
 def _changed(config: TrainConfig, *names: str) -> list[str]:
     """Those of the options that are not as they are by default."""
     return [name for name in names if getattr(config, name) != DEFAULTS[name]]
+
+
+def _files(config: TrainConfig) -> Iterator[Fault]:
+    keys = config.file_keys
+    if config.data_file_keys != AUTO_KEYS:
+        if not {IMAGE, VIDEO} & {*keys}:
+            yield ("data_file_keys",), f"names neither {IMAGE} nor {VIDEO}, which is what is learned"
+        if PROMPT in keys or "" in keys or len({*keys}) < len(keys):
+            yield ("data_file_keys",), "expected columns that hold files, each once"
+
+
+def _video(config: TrainConfig) -> Iterator[Fault]:
+    if config.num_frames is not None and config.num_frames % 4 != 1:
+        n = config.num_frames // 4
+        yield ("num_frames",), f"expected 4n + 1 frames, such as {4 * n + 1} or {4 * n + 5}"
 
 
 def _general(config: TrainConfig) -> Iterator[Fault]:
@@ -89,7 +117,8 @@ def _noise(config: TrainConfig) -> Iterator[Fault]:
         yield ("timestep_shift", "timestep_sampling"), "manifest takes the noise levels as they are recorded"
     if config.fixed_shift == 0:
         yield ("timestep_shift",), "expected auto or a number above 0"
-    if config.min_timestep >= config.max_timestep:
+    least, most = config.min_timestep, config.max_timestep
+    if (0 if least is None else least) >= (1000 if most is None else most):
         yield ("min_timestep", "max_timestep"), "nothing lies between them"
 
 
@@ -98,3 +127,37 @@ def _loss(config: TrainConfig) -> Iterator[Fault]:
         yield ("masked_loss_background", "masked_loss"), "without --masked_loss there is no mask"
     if config.mask_column is not None and config.mask_column.strip() in ("image", "prompt", ""):
         yield ("masked_loss",), "expected alpha, or the metadata column that names mask files"
+
+
+def _validation(config: TrainConfig) -> Iterator[Fault]:
+    if config.validation_split >= 1 and config.validation_split != int(config.validation_split):
+        yield ("validation_split",), "expected a share below 1, or a whole number of pictures"
+    if config.validation_split and config.validation_dataset_path:
+        yield ("validation_split", "validation_dataset_path"), "both say what the validation loss is measured on"
+    if config.validation_loss_steps and not (config.validation_split or config.validation_dataset_path):
+        yield (
+            ("validation_loss_steps", "validation_split"),
+            "nothing is held out; give --validation_split or --validation_dataset_path",
+        )
+
+
+def _few_step(config: TrainConfig) -> Iterator[Fault]:
+    if config.preserve_number == 0:
+        for name in _changed(config, "preserve_share", "preserve_count"):
+            yield (name, "preserve_weight"), "with weight 0, nothing is preserved"
+    if config.noise_coupling == MINIBATCH_OT and not 1 < config.train_batch_size <= MOST_MATCHED:
+        yield (
+            ("noise_coupling", "train_batch_size"),
+            f"{MINIBATCH_OT} deals out the noises of a batch, and is for 2 to {MOST_MATCHED} pictures",
+        )
+
+
+def _result(config: TrainConfig) -> Iterator[Fault]:
+    for name in ("lora_name", "trigger_phrase"):
+        text = getattr(config, name)
+        if text is not None and not text.strip():
+            yield (name,), "is empty"
+    if config.push_to_hub and config.hub_model_id is None:
+        yield ("hub_model_id", "push_to_hub"), "say where to: --hub_model_id owner/name"
+    for name in () if config.push_to_hub else _changed(config, "hub_model_id", "hub_private"):
+        yield (name, "push_to_hub"), "is for --push_to_hub, which was not asked for"

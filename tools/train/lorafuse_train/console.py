@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from typing import TypeVar
 
 import typer
@@ -55,7 +55,7 @@ def only_errors() -> Iterator[None]:
             library.set_verbosity(verbosity)
 
 
-def progress(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
+def progress(items: Iterable[Item], total: int, what: str) -> Generator[Item, None, None]:
     """Pass `items` through, showing how far they are."""
     if sys.stderr.isatty():
         yield from tqdm(items, what, total, leave=False, disable=not is_main())
@@ -66,3 +66,10 @@ def progress(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
         if done < total and time.monotonic() - told > SECONDS_BETWEEN_LINES:
             told = time.monotonic()
             say(f"{what}: {done}/{total}")
+
+
+@contextmanager
+def ticking(total: int, what: str) -> Iterator[Callable[[], object]]:
+    """Within it, what it gives is called after each of so many small steps, to show how far they are."""
+    with closing(progress(range(total), total, what)) as steps:
+        yield lambda: next(steps, None)

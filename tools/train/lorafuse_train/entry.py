@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-BASE, DATA, LORA, TRAINING, OPTIMIZER, NOISE, MEMORY, SAMPLES, OUTPUT = (
+BASE, DATA, LORA, TRAINING, OPTIMIZER, NOISE, FEW_STEP, MEMORY, SAMPLES, CACHE, OUTPUT = (
     "Base",
     "Dataset",
     "LoRA",
     "Training",
     "Optimizer",
     "Noise levels and loss",
+    "Few-step base",
     "Precision and memory",
     "Samples",
+    "Check and cache",
     "Output",
 )
+RESULT = "Finished LoRA"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,3 +60,5 @@ class Entry:
     """A regular expression that its text matches; any text where empty."""
     expected: str = ""
     """What `form` means, in words."""
+    commands: tuple[str, ...] = ()
+    """The commands that take it on the command line; all where empty."""

@@ -24,24 +24,26 @@ class LabelledRow:
 
 
 def draw_grid(captions: Sequence[str], rows: Sequence[LabelledRow]) -> Image.Image:
-    """The sheet; all pictures have one size, and every row has as many as there are captions."""
+    """The sheet; every row has as many pictures as there are captions, and those of a column have one size."""
     cells = [[_scaled(picture) for picture in row.pictures] for row in rows]
-    width, height = cells[0][0].size
-    font = ImageFont.load_default(size=max(14, width // 18))
-    heads = [_wrapped(caption, font, width, lines=4) for caption in captions]
+    widths = [max(row[column].width for row in cells) for column in range(len(captions))]
+    heights = [max(picture.height for picture in row) for row in cells]
+    font = ImageFont.load_default(size=max(14, max(widths) // 18))
+    heads = [_wrapped(caption, font, width, lines=4) for caption, width in zip(captions, widths, strict=True)]
     labels = [row.label for row in rows]
     pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     left = GAP + max(int(pen.multiline_textbbox((0, 0), label, font=font)[2]) for label in labels) + GAP
     top = GAP + max(int(pen.multiline_textbbox((0, 0), head, font=font)[3]) for head in heads) + GAP
-    sheet = Image.new("RGB", (left + len(heads) * (width + GAP), top + len(rows) * (height + GAP)), PAPER)
+    xs = [left + sum(widths[:column]) + column * GAP for column in range(len(widths))]
+    ys = [top + sum(heights[:row]) + row * GAP for row in range(len(heights))]
+    sheet = Image.new("RGB", (xs[-1] + widths[-1] + GAP, ys[-1] + heights[-1] + GAP), PAPER)
     pen = ImageDraw.Draw(sheet)
-    for column, head in enumerate(heads):
-        pen.multiline_text((left + column * (width + GAP), GAP), head, INK, font)
-    for index, (label, pictures) in enumerate(zip(labels, cells, strict=True)):
-        y = top + index * (height + GAP)
+    for x, head in zip(xs, heads, strict=True):
+        pen.multiline_text((x, GAP), head, INK, font)
+    for y, label, pictures in zip(ys, labels, cells, strict=True):
         pen.multiline_text((GAP, y), label, INK, font)
-        for column, picture in enumerate(pictures):
-            sheet.paste(picture, (left + column * (width + GAP), y))
+        for x, picture in zip(xs, pictures, strict=True):
+            sheet.paste(picture, (x, y))
     return sheet
 
 

@@ -17,10 +17,12 @@ from .base import open_base
 from .config import TrainConfig
 from .console import say
 from .data import Sample, read_dataset
+from .held_out import hold_out
 from .order import Order, seed_for
 from .pictures import geometry
 from .plan import make_order, plan_noise
 from .recipes import recipe_for
+from .recipes.recipe import Shape
 from .timesteps import NoiseLevels
 
 FILE_NAME = "timesteps.png"
@@ -48,8 +50,9 @@ def show_timesteps(config: TrainConfig) -> Path:
         LorafuseError: whatever is wrong with base, data set or options.
     """
     base = open_base(config)
-    recipe = recipe_for(base.family.name)
-    samples = read_dataset(config, geometry(config, recipe.pixel_multiple(base.pipeline)))
+    recipe = recipe_for(base.family.name, base.pipeline)
+    shaping = geometry(config, recipe, base.pipeline)
+    samples = hold_out(config, read_dataset(config, shaping), shaping).training
     levels, shifts = plan_noise(config, base, recipe, samples)
     order = make_order(config, samples, 1)
     steps = config.max_train_steps or config.num_epochs * order.steps_per_epoch
@@ -69,14 +72,14 @@ def show_timesteps(config: TrainConfig) -> Path:
 
 
 def draws(
-    order: Order, samples: Sequence[Sample], steps: int, levels: NoiseLevels, shifts: dict[tuple[int, int], float]
+    order: Order, samples: Sequence[Sample], steps: int, levels: NoiseLevels, shifts: dict[Shape, float]
 ) -> Iterator[float]:
     """The very numbers that `objective.draw` will give to the run."""
     for step in range(steps):
         for micro in order.step(step):
             for place in range(micro.first, micro.first + len(micro.samples)):
                 generator = torch.Generator().manual_seed(seed_for("noise", order.seed, step, place))
-                yield levels.draw(shifts[samples[micro.samples[0]].size], generator).item()
+                yield levels.draw(shifts[samples[micro.samples[0]].shape], generator).item()
 
 
 def describe(sigmas: Iterable[float]) -> str:

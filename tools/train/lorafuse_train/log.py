@@ -8,7 +8,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +37,8 @@ class StepRecord:
     lr: float
     grad_norm: float
     """Before clipping."""
+    preserve_loss: float = 0.0
+    """What the predictions for other prompts have moved by, times its weight; 0 where nothing is preserved."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +50,15 @@ class Row:
     loss: float
     lr: float
     grad_norm: float
+    preserve_loss: float
     images_per_second: float
     seconds: float
     peak_memory_gib: float
 
 
-COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
+VALIDATED = ("validation_loss", "health_agreement", "health_sharpness")
+"""What a validation adds, in rows of its own that leave the columns of a step empty; not all are always measured."""
+COLUMNS = (*(field.name for field in dataclasses.fields(Row)), *VALIDATED)
 
 
 @dataclass
@@ -88,12 +93,20 @@ class Log:
             peak_memory_gib=round(peak_memory(self.device) / GIB, 3),
         )
         values = dataclasses.asdict(row)
-        self.csv.write(",".join(map(repr, values.values())) + "\n")
+        self._write(values)
+        self.trackers.log({name: value for name, value in values.items() if name != "step"}, row.step)
+        self._show(row)
+
+    def validation(self, step: int, values: Mapping[str, float]) -> None:
+        """Write what was measured after `step`, some of `VALIDATED`, everywhere."""
+        self._write({"step": step, **values})
+        self.trackers.validation(values, step)
+
+    def _write(self, values: Mapping[str, float]) -> None:
+        self.csv.write(",".join(repr(values[name]) if name in values else "" for name in COLUMNS) + "\n")
         self.jsonl.write(json.dumps(values) + "\n")
         for file in (self.csv, self.jsonl):
             file.flush()
-        self.trackers.log({name: value for name, value in values.items() if name != "step"}, row.step)
-        self._show(row)
 
     def picture(self, name: str, file: Path, step: int) -> None:
         """Show a picture in the trackers."""

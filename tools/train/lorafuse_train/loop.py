@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,14 +16,17 @@ from torch import Tensor, nn
 from lorafuse_common.errors import LorafuseError
 
 from .adapter import FILE_NAME, dropout
+from .coupling import choose_coupling
 from .ema import Ema
 from .encode import Encodings
 from .log import Log, StepRecord
 from .objective import add_noise, draw, drops_caption, loss_sum
+from .objective_base import ObjectiveBase
 from .optimizers import build_optimizer
 from .order import MicroBatch, Order, seed_for
 from .plan import Plan
 from .precision import Precision
+from .preserve import Preservation
 from .state import LoopState, checkpoints
 from .timesteps import loss_weights
 
@@ -43,6 +46,10 @@ class Training:
     total_steps: int
     precision: Precision
     accelerator: Accelerator
+    objective_base: ObjectiveBase = field(default_factory=ObjectiveBase)
+    """Which weights the training loss runs through."""
+    preservation: Preservation | None = None
+    """The second loss, of weights as they are."""
 
 
 def start(training: Training) -> LoopState:
@@ -73,17 +80,22 @@ def fit(training: Training, state: LoopState, log: Log | None, after_step: Calla
         # ---- one step: the loss is the mean over all its pictures, however they are split up ----
         micro_batches = training.order.step(step)
         pictures = sum(len(micro.samples) for micro in micro_batches)
-        loss = torch.zeros((), device=training.precision.device)
+        losses = torch.zeros(2, device=training.precision.device)  # of the pictures, and of what is preserved
         parts: dict[MicroBatch, Tensor] = {}
         for micro in micro_batches[accelerator.process_index :: accelerator.num_processes]:
             with dropout(
                 training.transformer, config.lora_dropout, seed_for("dropout", config.seed, step, micro.first)
             ):
-                part = _loss_sum(training, step, micro) / pictures
-                part.backward()  # type: ignore[no-untyped-call]  # torch's is untyped
+                with training.objective_base.in_use():
+                    part = _loss_sum(training, step, micro) / pictures
+                    torch.autograd.backward(part)
+                kept = _preserved_sum(training, step, micro)
+                if kept is not None:
+                    torch.autograd.backward(kept / pictures)
+                    losses[1] += kept.detach() / pictures
             parts[micro] = part.detach()
-            loss += parts[micro]
-        loss = _summed(training, loss)
+            losses[0] += parts[micro]
+        loss, preserve_loss = _summed(training, losses)
         grad_norm = nn.utils.clip_grad_norm_(training.parameters.values(), config.max_grad_norm or math.inf)
         if not (math.isfinite(loss.item()) and math.isfinite(grad_norm.item())):
             faulty = [micro for micro, part in parts.items() if not math.isfinite(part.item())]
@@ -99,7 +111,8 @@ def fit(training: Training, state: LoopState, log: Log | None, after_step: Calla
         # -----------------------------------------------------------------------------------------
         if log:
             epoch = round(state.step / training.order.steps_per_epoch, 4)
-            log.add(StepRecord(state.step, epoch, loss.item(), lr, grad_norm.item()), pictures)
+            record = StepRecord(state.step, epoch, loss.item(), lr, grad_norm.item(), preserve_loss.item())
+            log.add(record, pictures)
         if after_step():
             return
 
@@ -114,14 +127,15 @@ def _loss_sum(training: Training, step: int, micro: MicroBatch) -> Tensor:
     """The summed loss of one micro-batch, shape (), with a graph to the LoRA's weights."""
     plan, config, precision = training.plan, training.plan.config, training.precision
     samples = [plan.samples[index] for index in micro.samples]
-    x0 = torch.stack([training.encodings.latents(sample) for sample in samples])  # (B, C, h, w)
-    captions = [
-        "" if drops_caption(config.caption_dropout, config.seed, step, place) else sample.caption
+    x0 = torch.stack([training.encodings.latents(sample) for sample in samples])  # (B, C, h, w) or (B, C, f, h, w)
+    prompts = [
+        sample.uncaptioned if drops_caption(config.caption_dropout, config.seed, step, place) else sample.prompt
         for place, sample in enumerate(samples, micro.first)
     ]
-    condition = plan.recipe.collate([training.encodings.caption(text) for text in captions])
-    shift = plan.shifts[samples[0].size]
-    random = draw(plan.levels, shift, tuple(x0.shape[1:]), config.seed, step, micro.first, len(x0))
+    condition = plan.recipe.collate([training.encodings.condition(prompt) for prompt in prompts])
+    shift = plan.shifts[samples[0].shape]
+    coupling = choose_coupling(config, x0)
+    random = draw(plan.levels, shift, tuple(x0.shape[1:]), config.seed, step, micro.first, len(x0), coupling)
     x0, noise, sigma = (tensor.to(precision.device) for tensor in (x0, random.noise, random.sigma))
     mask = plan.masks.weights(samples).to(precision.device) if plan.masks else None
     with precision.compute():
@@ -129,22 +143,31 @@ def _loss_sum(training: Training, step: int, micro: MicroBatch) -> Tensor:
     return loss_sum(velocity, x0, noise, loss_weights(config.loss_weighting, sigma), mask)
 
 
-def _summed(training: Training, loss: Tensor) -> Tensor:
-    """Add up loss and gradients over all processes.
+def _preserved_sum(training: Training, step: int, micro: MicroBatch) -> Tensor | None:
+    """The second loss for a micro-batch, shape (), through the weights that samples are drawn with; None without."""
+    if training.preservation is None:
+        return None
+    places = range(micro.first, micro.first + len(micro.samples))
+    seed = training.plan.config.seed
+    return training.preservation.loss_sum(training.transformer, training.precision, seed, step, places)
+
+
+def _summed(training: Training, losses: Tensor) -> Tensor:
+    """Add up losses (2,) and gradients over all processes.
 
     Done by hand in place of DistributedDataParallel, which would broadcast the frozen base, average rather than sum
     over pictures, and wait for ever where a process has no micro-batch left in an epoch.
     """
     if training.accelerator.num_processes == 1:
-        return loss
+        return losses
     parameters = training.parameters.values()
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    own = torch.cat([loss.flatten(), *(gradient.flatten() for gradient in gradients)])
+    own = torch.cat([losses, *(gradient.flatten() for gradient in gradients)])
     flat: Tensor = training.accelerator.reduce(own, "sum")
-    parts = torch.split(flat[1:], [gradient.numel() for gradient in gradients])
+    parts = torch.split(flat[len(losses) :], [gradient.numel() for gradient in gradients])
     for parameter, part in zip(parameters, parts, strict=True):
         parameter.grad = part.view_as(parameter)
-    return flat[0]
+    return flat[: len(losses)]
 
 
 def _not_finite(

@@ -20,13 +20,11 @@ from lorafuse_common.errors import DatasetError
 
 from .config import TrainConfig
 from .config_training import ALPHA
-from .data import MOST_FAULTS, Sample
-from .pictures import UNDECODABLE, WITH_ALPHA, open_picture
+from .data import Sample, listed
+from .pictures import ORIENTATION, TURNED, UNDECODABLE, WITH_ALPHA, open_picture
 
 Grid: TypeAlias = Callable[[tuple[int, int]], tuple[int, int]]
 """(height, width) of a picture -> that of its latents."""
-ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)
-"""The EXIF tag, and its values under which a picture's sides change places."""
 SAME_SHAPE = 0.02
 """How far, relatively, a mask's width/height may be from its picture's."""
 
@@ -62,6 +60,8 @@ def read_masks(config: TrainConfig, samples: Sequence[Sample], grid: Grid) -> Ma
         raise DatasetError(f"--masked_loss {config.masked_loss}: no row has a mask there; expected a file's name")
 
     def read(sample: Sample) -> Tensor | str:
+        if sample.excerpt:
+            return f"{sample.path}: is a video; masks are for pictures"
         try:
             found = _read(sample, grid(sample.size))
         except (OSError, ValueError) as error:
@@ -74,9 +74,7 @@ def read_masks(config: TrainConfig, samples: Sequence[Sample], grid: Grid) -> Ma
         grids = dict(zip(masked, pool.map(read, masked), strict=True))
     faults = [fault for fault in grids.values() if isinstance(fault, str)]
     if faults:
-        shown = "\n".join(f"  {fault}" for fault in faults[:MOST_FAULTS])
-        more = f"\n  and {len(faults) - MOST_FAULTS} more" if len(faults) > MOST_FAULTS else ""
-        raise DatasetError(f"--masked_loss {config.masked_loss}: {len(faults)} masks cannot be used:\n{shown}{more}")
+        raise DatasetError(f"--masked_loss {config.masked_loss}: {len(faults)} masks cannot be used:\n{listed(faults)}")
     good = {sample: found for sample, found in grids.items() if isinstance(found, Tensor)}
     digest = hashlib.sha256(b"".join(found.numpy().tobytes() for found in good.values())).hexdigest()
     return Masks(config.masked_loss_background, good, digest)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lorafuse_common.errors import ConfigError
 
-from .adapter import attach, dropout
+from .adapter import attach, dropout, spare_casts
 from .config import TrainConfig
 from .data import Sample
 from .encode import Encodings
@@ -51,11 +51,13 @@ class Memory:
     activations: Activations | None
     unknown: str = ""
     """Why the activations are not known."""
+    beside: int = 0
+    """What `--objective_base` and `--train_adapter` keep beside the base."""
 
     def total(self, *, checkpointing: bool) -> int:
         """All of it; without activations where they are not known."""
         passing = round(PASSING * self.activations.block) if self.activations else 0
-        return self.weights + self.lora + self.kept(checkpointing=checkpointing) + passing
+        return self.weights + self.beside + self.lora + self.kept(checkpointing=checkpointing) + passing
 
     def kept(self, *, checkpointing: bool) -> int:
         """Of the activations."""
@@ -68,7 +70,9 @@ def least_memory(plan: Plan) -> Memory:
     """What is needed before the first picture: weights and LoRA."""
     model = _model(plan)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    return Memory(weights, lora_bytes(plan), None, "no picture was looked at yet")
+    sizes = {name: parameter.nbytes for name, parameter in model.named_parameters()}
+    beside = plan.objective.beside_bytes(plan.base, sizes)
+    return Memory(weights, lora_bytes(plan), None, "no picture was looked at yet", beside)
 
 
 def lora_bytes(plan: Plan) -> int:
@@ -109,9 +113,11 @@ def _activations(plan: Plan, encodings: Encodings, precision: Precision) -> Acti
     model = _model(plan)
     # How the LoRA starts does not matter here, and singular values cannot be had without weights.
     attach(model, plan.targets, dataclasses.replace(config, init_lora_weights="true"))
+    if precision.autocast:
+        spare_casts(model)
     _pretend(model, precision.device)
     x0 = torch.stack([encodings.latents(sample) for sample in batch])
-    condition = recipe.collate([encodings.caption(sample.caption) for sample in batch])
+    condition = recipe.collate([encodings.condition(sample.prompt) for sample in batch])
     counted = _Counted({parameter.untyped_storage()._cdata for parameter in model.parameters()})
     supported = bool(getattr(model, "_supports_gradient_checkpointing", False))
     if supported:
@@ -119,8 +125,9 @@ def _activations(plan: Plan, encodings: Encodings, precision: Precision) -> Acti
     sigma = torch.full((len(batch),), 0.5)
     with precision.compute(), dropout(model, config.lora_dropout, 0), counted.counting():
         recipe.predict(model, x0, sigma, condition)
-    height, width = batch[0].size
-    pictures = f"{len(batch)} x {width}x{height} with the longest caption"
+    frames, height, width = batch[0].shape
+    long = f" of {frames} frames" if frames > 1 else ""
+    pictures = f"{len(batch)} x {width}x{height}{long} with the longest caption"
     if not counted.blocks:
         return Activations(counted.whole, None, counted.whole, pictures)
     return Activations(counted.whole, counted.checkpointed, counted.largest, pictures)
@@ -130,10 +137,10 @@ def _largest(plan: Plan, encodings: Encodings) -> list[Sample]:
     """A batch of the largest pictures, those with the longest captions."""
 
     def length(sample: Sample) -> int:
-        return sum(tensor.numel() for tensor in encodings.caption(sample.caption).values())
+        return sum(tensor.numel() for tensor in encodings.condition(sample.prompt).values())
 
-    most = max((sample.size for sample in plan.samples), key=lambda size: size[0] * size[1])
-    ranked = sorted((sample for sample in plan.samples if sample.size == most), key=length, reverse=True)
+    most = max(plan.samples, key=lambda sample: sample.pixels).bucket
+    ranked = sorted((sample for sample in plan.samples if sample.bucket == most), key=length, reverse=True)
     size = min(plan.config.train_batch_size, len(ranked) * plan.config.dataset_repeat)
     return [ranked[index % len(ranked)] for index in range(size)]
 
@@ -253,7 +260,8 @@ def _advice(memory: Memory, config: TrainConfig, allowed: int) -> str:
 def describe_parts(memory: Memory, config: TrainConfig) -> str:
     """The parts of an estimate."""
     kept = memory.kept(checkpointing=config.use_gradient_checkpointing)
-    parts = f"weights {_size(memory.weights)}, LoRA and {config.optimizer} {_size(memory.lora)}"
+    beside = f"for --objective_base {_size(memory.beside)}, " if memory.beside else ""
+    parts = f"weights {_size(memory.weights)}, {beside}LoRA and {config.optimizer} {_size(memory.lora)}"
     if memory.activations is None:
         return f"{parts}; activations unknown"
     return f"{parts}, activations {_size(kept)} for {memory.activations.pictures}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .coupling import Coupling
 from .order import seed_for
 from .timesteps import NoiseLevels
 
@@ -22,7 +23,14 @@ class Draw:
 
 
 def draw(
-    levels: NoiseLevels, shift: float, shape: tuple[int, ...], seed: int, step: int, first: int, count: int
+    levels: NoiseLevels,
+    shift: float,
+    shape: tuple[int, ...],
+    seed: int,
+    step: int,
+    first: int,
+    count: int,
+    coupling: Coupling | None = None,
 ) -> Draw:
     """Noise and sigma of the pictures `first` ... `first + count - 1` of a step, each of `shape` (C, h, w).
 
@@ -33,8 +41,10 @@ def draw(
     for place in range(first, first + count):
         generator = torch.Generator().manual_seed(seed_for("noise", seed, step, place))
         sigma.append(levels.draw(shift, generator))
-        noise.append(torch.randn(shape, generator=generator))
-    return Draw(torch.stack(noise), torch.stack(sigma))
+        own = torch.randn(shape, generator=generator)
+        noise.append(coupling.choose(place - first, own, generator) if coupling else own)
+    noises = torch.stack(noise)
+    return Draw(coupling.deal(noises) if coupling else noises, torch.stack(sigma))
 
 
 def drops_caption(share: float, seed: int, step: int, place: int) -> bool:

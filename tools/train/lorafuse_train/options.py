@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,14 @@ _HINTS = typing.get_type_hints(TrainConfig, include_extras=True)
 OPTIONS: Mapping[str, Option] = {
     field.name: option_of(field, _HINTS[field.name]) for field in dataclasses.fields(TrainConfig)
 }
+NOWHERE = Path("\0")
+"""Stands for a path that was not given; no file can have this name."""
 
 
-def resolve_config(given: Mapping[str, Any]) -> TrainConfig:
+def resolve_config(given: Mapping[str, Any], optional: Collection[str] = ()) -> TrainConfig:
     """The options of a run: what was `given` on the command line, then the file `given["config"]`, then defaults.
 
-    None and empty lists in `given` mean "not given".
+    None and empty lists in `given` mean "not given". Required ones among `optional` are `NOWHERE` where not given.
 
     Raises:
         ConfigError: listing every unknown key, wrong type, value out of range, missing option and contradiction.
@@ -46,9 +48,10 @@ def resolve_config(given: Mapping[str, Any]) -> TrainConfig:
             faults.append(f"{where}{name}: {error}")
             faulty.add(name)
     required = [name for name, option in OPTIONS.items() if option.required]
-    faults += [f"--{name} is missing" for name in required if name not in {**in_file, **chosen}]
+    missing = [name for name in required if name not in {**in_file, **chosen}]
+    faults += [f"--{name} is missing" for name in missing if name not in optional]
     # Faulty and missing options get stand-ins, so that contradictions among the others are found in the same go.
-    config = TrainConfig(**{**dict.fromkeys(required, Path()), **values})
+    config = TrainConfig(**{**dict.fromkeys(required, NOWHERE), **values})
     faults += [f"{', '.join(names)}: {text}" for names, text in conflicts(config) if faulty.isdisjoint(names)]
     if faults:
         raise ConfigError("the options cannot be used:\n" + "\n".join(f"  {fault}" for fault in faults))

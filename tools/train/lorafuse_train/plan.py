@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -13,15 +14,25 @@ from lorafuse_common.errors import OutputError
 
 from .adapter import FILE_NAME
 from .base import Base, check_parts, open_base
+from .base_match import require_same_base
+from .check_text import describe_in_short
 from .config import TrainConfig
 from .console import say
-from .data import Sample, read_dataset
-from .masks import Masks, read_masks
+from .data import Prompt, Sample, read_dataset
+from .drawn_prompts import DrawnPrompt, plan_prompts, unrelated
+from .export import plan_exports
+from .held_out import Split, hold_out
+from .masks import Grid, Masks, read_masks
+from .metadata import require_trigger
+from .objective_base import Objective, plan_objective
 from .optimizers import build_optimizer
+from .options import NOWHERE
 from .order import Order
 from .pictures import geometry
+from .preserve import Preserving, plan_preserving
+from .push import check_hub
 from .recipes import recipe_for
-from .recipes.recipe import Recipe
+from .recipes.recipe import Recipe, Shape, latent_shape
 from .state import choose_checkpoint
 from .summary import describe_base, describe_dataset, describe_targets
 from .targets import Targets, meta_model, resolve_targets
@@ -43,8 +54,17 @@ class Plan:
     """Where `--lora_checkpoint` begins."""
     masks: Masks | None = None
     levels: NoiseLevels = field(default_factory=NoiseLevels)
-    shifts: Mapping[tuple[int, int], float] = field(default_factory=dict)
-    """Timestep shift by picture size."""
+    shifts: Mapping[Shape, float] = field(default_factory=dict)
+    """Timestep shift by what is drawn."""
+    objective: Objective = field(default_factory=Objective)
+    preserving: Preserving | None = None
+    held_out: Sequence[Sample] = ()
+    """What the validation loss is measured on."""
+    held_out_masks: Masks | None = None
+    prompts: tuple[DrawnPrompt, ...] = ()
+    """The columns of the grids."""
+    unrelated: tuple[Prompt, ...] = ()
+    """What the few-step health is measured on; empty where the base has no few-step schedule."""
 
 
 def plan_training(config: TrainConfig) -> Plan:
@@ -55,30 +75,70 @@ def plan_training(config: TrainConfig) -> Plan:
     """
     _check_output(config)
     check_trackers(config)
+    check_hub(config)
     build_optimizer(config, [nn.Parameter(torch.zeros(1, 1))])
     base = open_base(config)
-    recipe = recipe_for(base.family.name)
+    recipe = recipe_for(base.family.name, base.pipeline)
     check_parts(base, recipe, config.original_model)
     say(describe_base(base))
+    objective = plan_objective(config, base)
     model = meta_model(base.config["_class_name"], base.config)
     targets = resolve_targets(model, base.family, config.lora_target_modules)
     say(describe_targets(targets, config))
-    start = read_start(config.lora_checkpoint, base, targets, config) if config.lora_checkpoint else None
+    plan_exports(model, base, targets, config)
+    start = _start(config, base, targets) if config.lora_checkpoint else None
     if start:
         say(f"starting from {start.path}{start.left_out}")
-    samples = read_dataset(config, geometry(config, recipe.pixel_multiple(base.pipeline)))
-    say(describe_dataset(samples))
-    masks = read_masks(config, samples, lambda size: recipe.latent_shape(base.pipeline, *size)[-2:])
-    if masks:
-        say(f"masks: for {len(masks.grids)} of {len(samples)} pictures")
+    shaping = geometry(config, recipe, base.pipeline)
+    parts = hold_out(config, read_dataset(config, shaping), shaping)
+    samples = parts.training
+    require_trigger(config, samples)
+    say("\n".join([describe_dataset(samples, recipe), *describe_in_short(samples, config)]))
+    if parts.held_out:
+        say(f"held out for the validation loss: {len(parts.held_out)} rows")
+    masks, held_out_masks = _masks(config, parts, latent_grid(recipe, base.pipeline))
     levels, shifts = plan_noise(config, base, recipe, samples)
-    return Plan(config, base, recipe, targets, samples, start, masks, levels, shifts)
+    preserving = plan_preserving(config, base, recipe, samples)
+    return Plan(
+        config, base, recipe, targets, samples, start, masks, levels, shifts, objective, preserving,
+        held_out=parts.held_out,
+        held_out_masks=held_out_masks,
+        prompts=plan_prompts(config, samples, shaping),
+        unrelated=unrelated(config, recipe, samples) if base.manifest and base.manifest.schedule else (),
+    )  # fmt: skip
+
+
+def _masks(config: TrainConfig, parts: Split, grid: Grid) -> tuple[Masks | None, Masks | None]:
+    """Of what is trained on, and of what is held out."""
+    masks = read_masks(config, parts.training, grid)
+    if masks is None:
+        return None, None
+    say(f"masks: for {len(masks.grids)} of {len(parts.training)} pictures")
+    masked = [sample for sample in parts.held_out if config.mask_column is None or sample.mask]
+    return masks, read_masks(config, masked, grid) if masked else None
+
+
+def latent_grid(recipe: Recipe, pipeline: Path) -> Grid:
+    """(height, width) of a picture -> that of its latents."""
+
+    def grid(size: tuple[int, int]) -> tuple[int, int]:
+        *_, height, width = recipe.latent_shape(pipeline, *size)
+        return height, width
+
+    return grid
+
+
+def _start(config: TrainConfig, base: Base, targets: Targets) -> Start:
+    path = config.lora_checkpoint
+    assert path
+    require_same_base(path, base, option="--lora_checkpoint", allowed=config.allow_base_mismatch)
+    return read_start(path, base, targets, config)
 
 
 def make_order(config: TrainConfig, samples: Sequence[Sample], processes: int) -> Order:
     """The order in which a run on so many processes sees the pictures."""
     return Order(
-        tuple(sample.size for sample in samples),
+        tuple(sample.bucket for sample in samples),
         config.seed,
         config.dataset_repeat,
         config.train_batch_size,
@@ -89,16 +149,16 @@ def make_order(config: TrainConfig, samples: Sequence[Sample], processes: int) -
 
 def plan_noise(
     config: TrainConfig, base: Base, recipe: Recipe, samples: Sequence[Sample]
-) -> tuple[NoiseLevels, dict[tuple[int, int], float]]:
-    """The density of the noise levels, and its shift for every picture size.
+) -> tuple[NoiseLevels, dict[Shape, float]]:
+    """The density of the noise levels, and its shift for everything of another shape.
 
     Raises:
         ConfigError: there is nothing to draw.
     """
     levels, fixed, pipeline = choose_levels(config, base), config.fixed_shift, base.pipeline
     shifts = {
-        size: recipe.shift(pipeline, recipe.latent_shape(pipeline, *size)) if fixed is None else fixed
-        for size in dict.fromkeys(sample.size for sample in samples)
+        shape: recipe.shift(pipeline, latent_shape(recipe, pipeline, shape)) if fixed is None else fixed
+        for shape in dict.fromkeys(sample.shape for sample in samples)
     }
     require_density(levels, shifts.values())
     return levels, shifts
@@ -106,6 +166,8 @@ def plan_noise(
 
 def _check_output(config: TrainConfig) -> None:
     out = config.output_path
+    if out == NOWHERE:  # `lorafuse-train cache` writes none
+        return
     if out.exists() and not out.is_dir():
         raise OutputError(f"--output_path {out}: is a file; expected a folder, existing or not")
     if out.resolve().is_relative_to(config.fused_model.resolve()):

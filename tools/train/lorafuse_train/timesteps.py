@@ -74,9 +74,13 @@ def choose_levels(config: TrainConfig, base: Base) -> NoiseLevels:
     Raises:
         ConfigError: it records none that may be drawn.
     """
-    low, high = config.min_timestep / 1000, config.max_timestep / 1000
+    low, high = base.expert.range if base.expert else (0.0, 1.0)
+    low = low if config.min_timestep is None else config.min_timestep / 1000
+    high = high if config.max_timestep is None else config.max_timestep / 1000
     schedule = base.manifest.schedule if base.manifest else None
     few = tuple(sigma for sigma in (schedule.sigmas if schedule else ()) if low <= sigma <= high)
+    if base.expert:  # the boundary itself is the high-noise expert's
+        few = tuple(sigma for sigma in few if sigma in base.expert)
     if config.few_step_share and not few:
         lack = "lorafuse.json records no few-step schedule; fuse with --schedule"
         if schedule:

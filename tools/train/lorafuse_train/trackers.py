@@ -61,6 +61,11 @@ class Trackers:
         for tracker in self.running.values():
             tracker.log({f"train/{name}": value for name, value in values.items()}, step=step)
 
+    def validation(self, values: Mapping[str, float], step: int) -> None:
+        """What was measured after a step, in every tracker."""
+        for tracker in self.running.values():
+            tracker.log(dict(values), step=step)
+
     def picture(self, name: str, file: Path, step: int) -> None:
         """A picture, in every tracker."""
         with Image.open(file) as opened:

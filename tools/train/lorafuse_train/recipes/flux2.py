@@ -13,31 +13,57 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, retri
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from lorafuse_common.errors import CheckpointError
+from lorafuse_train.pictures import to_pixels
 from lorafuse_train.weights import stored_dtype
 
+from .control_latents import MANY, PIPELINES_AREA, control_latents, named_controls, stacked_controls
 from .kl import PATCH, KlLatents
-from .recipe import Condition, Encoded, Guidance
+from .recipe import Condition, ControlPicture, Encoded, Guidance, Latent, Shape, Size
 
 LONGEST_PROMPT = 512
 """Tokens to which the pipelines pad and cut, their chat templates among them."""
-PIPELINES = ("Flux2Pipeline", "Flux2KleinPipeline")
-"""dev's and klein's; they differ in the text encoder."""
+SHORTEST, LONGEST_RATIO = 64, 8
+"""What the pipelines ask of a reference picture, in pixels and as a ratio of its sides."""
+LARGEST_CROP = 8
+"""Pixels at each edge that whole patches of 16 may cost; more is left only where a picture is to be reduced."""
 MANY_STEPS = 200
 """Where `compute_empirical_mu` ends to make up for a small number of steps, for which training has no need."""
 
 
 class Flux2(KlLatents):
-    """The recipe of FLUX.2 dev and klein (text to image).
+    """The recipe of FLUX.2 dev and klein: text to image, with reference pictures where the dataset has some.
 
     x0 is the VAE's latent (C, h, w) and not the pipelines' (4C, h/2, w/2), though the statistics belong to the latter:
     the same numbers in another order, and sizes mean what they mean in other families.
     """
 
-    family = "flux2"
+    family = name = "flux2"
+    pipelines = ("Flux2Pipeline", "Flux2KleinPipeline")
+    """dev's and klein's; they differ in the text encoder."""
     version = 1
     text_parts = ("text_encoder", "tokenizer")
     optional_parts = ()
+    controls = (0, MANY)
+
+    def control_size(self, pipeline: Path, picture: Size, target: Size, max_pixels: int) -> Size:
+        """Its own, reduced to 1024 x 1024 or `max_pixels` where it is larger, and cropped to whole patches.
+
+        Raises:
+            ValueError: the pipelines refuse it, for it is too small or too long.
+        """
+        if min(picture) < SHORTEST or max(picture) > LONGEST_RATIO * min(picture):
+            found = f"{picture[1]}x{picture[0]}"
+            raise ValueError(
+                f"is {found} pixels; FLUX.2 takes {SHORTEST} and more, and no side {LONGEST_RATIO} times the other"
+            )
+        area, multiple = min(max_pixels, PIPELINES_AREA), self.pixel_multiple(pipeline)
+        scale = min(1.0, math.sqrt(area / (picture[0] * picture[1])))
+        height, width = (int(side * scale) // multiple * multiple for side in picture)
+        return height, width
+
+    def encode_controls(self, vae: Any, controls: Sequence[ControlPicture], shape: Shape) -> Encoded:
+        """(C, h, w) each."""
+        return named_controls(self.encode_image(vae, _cropped(control)) for control in controls)
 
     def load_vae(self, pipeline: Path, device: torch.device) -> nn.Module:
         """In fp32 whatever it is stored in: it is small, and what it encodes is kept for all trainings."""
@@ -63,13 +89,7 @@ class Flux2(KlLatents):
         """dev's or klein's pipeline with nothing but tokenizer and text encoder: template and layers are its own.
 
         dev's processor is left out for its tokenizer: of a text it makes the same tokens, but it needs torchvision.
-
-        Raises:
-            CheckpointError: the pipeline is neither of the two.
         """
-        name = DiffusionPipeline.load_config(pipeline)["_class_name"]
-        if name not in PIPELINES:
-            raise CheckpointError(f"{pipeline}: is a {name}; FLUX.2 is trained on a {' or a '.join(PIPELINES)}")
         loaded = DiffusionPipeline.from_pretrained(
             pipeline,
             dtype={"text_encoder": stored_dtype(pipeline / "text_encoder")},
@@ -82,7 +102,7 @@ class Flux2(KlLatents):
         return loaded.to(device)
 
     @torch.no_grad()
-    def encode_text(self, encoder: Any, caption: str) -> Encoded:
+    def encode_text(self, encoder: Any, caption: str, controls: Sequence[ControlPicture] = ()) -> Encoded:
         """`embeds` (512, D) in the encoder's precision, and how many `tokens` () of them are no padding.
 
         The padding stays: no pipeline of the family masks it, so that it is part of what the model is told.
@@ -102,8 +122,8 @@ class Flux2(KlLatents):
         return int(encoded["tokens"]) >= LONGEST_PROMPT
 
     def collate(self, captions: Sequence[Encoded]) -> Condition:
-        """`embeds` (B, 512, D); nothing to pad or mask."""
-        return {"embeds": torch.stack([caption["embeds"] for caption in captions])}
+        """`embeds` (B, 512, D), nothing to pad or mask; and the latents of reference pictures."""
+        return {"embeds": torch.stack([caption["embeds"] for caption in captions]), **stacked_controls(captions)}
 
     def predict(self, transformer: Any, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         """The model's timestep is sigma, and its output is `eps - x0` already.
@@ -113,17 +133,23 @@ class Flux2(KlLatents):
         stored = transformer.x_embedder.weight  # not `transformer.dtype`, which a fp32 LoRA changes
         to = {"device": stored.device, "dtype": stored.dtype}
         patches, embeds = patchify(x), condition["embeds"].to(**to)
+        references = [patchify(latents) for latents in control_latents(condition)]
+        ids = [Flux2Pipeline._prepare_latent_ids(patches)]
+        if references:
+            own = Flux2Pipeline._prepare_image_ids([reference[:1] for reference in references])
+            ids.append(own.expand(len(x), -1, -1))
         guidance = condition.get("guidance", torch.ones(len(x))).to(stored.device)
         packed = transformer(
-            hidden_states=Flux2Pipeline._pack_latents(patches).to(**to),
+            hidden_states=torch.cat([Flux2Pipeline._pack_latents(each).to(**to) for each in (patches, *references)], 1),
             encoder_hidden_states=embeds,
             timestep=(1000 * sigma).to(**to) / 1000,  # rounded where the pipelines round
             guidance=guidance if transformer.config.guidance_embeds else None,
             txt_ids=Flux2Pipeline._prepare_text_ids(embeds).to(stored.device),
-            img_ids=Flux2Pipeline._prepare_latent_ids(patches).to(stored.device),
+            img_ids=torch.cat(ids, 1).to(stored.device),
             return_dict=False,
         )[0]
-        return unpatchify(packed.float().transpose(1, 2).reshape(patches.shape))
+        own_tokens = packed[:, : patches.shape[2] * patches.shape[3]]
+        return unpatchify(own_tokens.float().transpose(1, 2).reshape(patches.shape))
 
     def guidance(self, pipeline: Path, config: Mapping[str, Any]) -> Guidance:
         """dev has a guidance embedder, klein's base predicts twice, and the distilled klein does without."""
@@ -131,6 +157,10 @@ class Flux2(KlLatents):
             return Guidance.EMBEDDED
         is_distilled = DiffusionPipeline.load_config(pipeline).get("is_distilled", False)
         return Guidance.NONE if is_distilled else Guidance.CFG
+
+    def default_guidance(self, pipeline: Path, config: Mapping[str, Any]) -> float:
+        """dev's and the base klein's; the distilled klein does without."""
+        return 1.0 if self.guidance(pipeline, config) is Guidance.NONE else 4.0
 
     def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
         """n + scale (p - n) (`Flux2KleinPipeline.__call__`)."""
@@ -140,14 +170,14 @@ class Flux2(KlLatents):
         """The same for both pipelines; neither takes a negative prompt, and klein's is empty."""
         return f"guidance_scale={scale:g}"
 
-    def sigmas(self, pipeline: Path, steps: int, latent: tuple[int, int, int]) -> tuple[float, ...]:
+    def sigmas(self, pipeline: Path, steps: int, latent: Latent) -> tuple[float, ...]:
         """As the pipelines ask the scheduler for them."""
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(pipeline / "scheduler")
         even = [1 - k / steps for k in range(steps)]
         retrieve_timesteps(scheduler, steps, "cpu", sigmas=even, mu=_mu(latent, steps))
         return tuple(float(sigma) for sigma in scheduler.sigmas[:-1])
 
-    def shift(self, pipeline: Path, latent: tuple[int, int, int]) -> float:
+    def shift(self, pipeline: Path, latent: Latent) -> float:
         """exp(mu) or mu where the scheduler shifts by size, else its fixed shift; mu is that of many steps."""
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(pipeline / "scheduler")
         if not scheduler.config.use_dynamic_shifting:
@@ -168,7 +198,16 @@ def unpatchify(patches: Tensor) -> Tensor:
     return x
 
 
-def _mu(latent: tuple[int, int, int], steps: int) -> float:
+def _cropped(control: ControlPicture) -> Tensor:
+    """(3, H, W): cropped where it need not be reduced; else reduced to cover its size, and cropped in one direction."""
+    picture, (height, width) = control.picture, control.size
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    if max(left, top) < LARGEST_CROP:
+        picture = picture.crop((left, top, left + width, top + height))
+    return to_pixels(picture, control.size)
+
+
+def _mu(latent: Latent, steps: int) -> float:
     return float(compute_empirical_mu((latent[1] // PATCH) * (latent[2] // PATCH), steps))
 
 

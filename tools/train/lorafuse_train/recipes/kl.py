@@ -11,17 +11,19 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from torch import Tensor, nn
 
+from .recipe import Latent, TextOnly
+
 PATCH = 2
 
 
-class KlLatents:
+class KlLatents(TextOnly):
     """Latents of an `AutoencoderKL`, shifted and scaled by two numbers of its config.json."""
 
     def pixel_multiple(self, pipeline: Path) -> int:
         """VAE reduction times patch."""
         return _reduction(pipeline) * PATCH
 
-    def latent_shape(self, pipeline: Path, height: int, width: int) -> tuple[int, int, int]:
+    def latent_shape(self, pipeline: Path, height: int, width: int, frames: int = 1) -> Latent:
         """(latent_channels, H / reduction, W / reduction)."""
         scale = _reduction(pipeline)
         return int(AutoencoderKL.load_config(pipeline / "vae")["latent_channels"]), height // scale, width // scale
@@ -49,7 +51,7 @@ class KlLatents:
 class EulerShift:
     """The shift of a `FlowMatchEulerDiscreteScheduler`: fixed, or by the number of the picture's patches."""
 
-    def shift(self, pipeline: Path, latent: tuple[int, int, int]) -> float:
+    def shift(self, pipeline: Path, latent: Latent) -> float:
         """exp(mu) or mu where the scheduler shifts by size, else its fixed shift."""
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(pipeline / "scheduler")
         if not scheduler.config.use_dynamic_shifting:
@@ -58,16 +60,14 @@ class EulerShift:
         return math.exp(mu) if scheduler.config.time_shift_type == "exponential" else mu
 
 
-def visited(
-    pipeline: Path, steps: int, latent: tuple[int, int, int], even: Sequence[float] | None = None
-) -> tuple[float, ...]:
+def visited(pipeline: Path, steps: int, latent: Latent, even: Sequence[float] | None = None) -> tuple[float, ...]:
     """The noise levels that the pipeline's scheduler makes of `even` ones, or where None are given of its own."""
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(pipeline / "scheduler")
     retrieve_timesteps(scheduler, steps, "cpu", sigmas=even, mu=_mu(scheduler, latent))
     return tuple(float(sigma) for sigma in scheduler.sigmas[:-1])
 
 
-def _mu(scheduler: FlowMatchEulerDiscreteScheduler, latent: tuple[int, int, int]) -> float:
+def _mu(scheduler: FlowMatchEulerDiscreteScheduler, latent: Latent) -> float:
     config = scheduler.config
     patches = (latent[1] // PATCH) * (latent[2] // PATCH)
     return float(

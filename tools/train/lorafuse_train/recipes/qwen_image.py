@@ -15,26 +15,28 @@ from torch import Tensor, nn
 
 from lorafuse_train.weights import stored_dtype
 
-from .recipe import Condition, Encoded, Guidance
+from .control_latents import control_latents, stacked_controls
+from .recipe import Condition, ControlPicture, Encoded, Guidance, Latent, TextOnly
 
 PATCH = 2
 LONGEST_PROMPT = 512
 """Tokens that `QwenImagePipeline.__call__` keeps by default; a longer caption is cut there too."""
 
 
-class QwenImage:
+class QwenImage(TextOnly):
     """The recipe of Qwen-Image and Qwen-Image-2512 (text to image)."""
 
-    family = "qwen_image"
+    family = name = "qwen_image"
+    pipelines: tuple[str, ...] = ("QwenImagePipeline",)
     version = 1
-    text_parts = ("text_encoder", "tokenizer")
+    text_parts: tuple[str, ...] = ("text_encoder", "tokenizer")
     optional_parts = ()
 
     def pixel_multiple(self, pipeline: Path) -> int:
         """VAE reduction times patch."""
         return _vae_scale(pipeline) * PATCH
 
-    def latent_shape(self, pipeline: Path, height: int, width: int) -> tuple[int, int, int]:
+    def latent_shape(self, pipeline: Path, height: int, width: int, frames: int = 1) -> Latent:
         """(z_dim, H / reduction, W / reduction)."""
         scale = _vae_scale(pipeline)
         return int(_config(pipeline / "vae")["z_dim"]), height // scale, width // scale
@@ -76,7 +78,7 @@ class QwenImage:
         )
 
     @torch.no_grad()
-    def encode_text(self, encoder: QwenImagePipeline, caption: str) -> Encoded:
+    def encode_text(self, encoder: QwenImagePipeline, caption: str, controls: Sequence[ControlPicture] = ()) -> Encoded:
         """`embeds` (L, D) in the encoder's precision; a lone caption has no padding, so no mask either."""
         embeds, _ = encoder.encode_prompt(
             caption, device=encoder.text_encoder.device, max_sequence_length=LONGEST_PROMPT
@@ -88,30 +90,36 @@ class QwenImage:
         return len(encoded["embeds"]) >= LONGEST_PROMPT
 
     def collate(self, captions: Sequence[Encoded]) -> Condition:
-        """`embeds` (B, L, D) padded with zeros and `mask` (B, L), 1 where a token is real."""
+        """`embeds` (B, L, D) padded with zeros and `mask` (B, L), 1 where a token is real; the controls' latents."""
         embeds = [caption["embeds"] for caption in captions]
         lengths = torch.tensor([len(item) for item in embeds])
         mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
-        return {"embeds": nn.utils.rnn.pad_sequence(embeds, batch_first=True), "mask": mask.long()}
+        padded = nn.utils.rnn.pad_sequence(embeds, batch_first=True)
+        return {"embeds": padded, "mask": mask.long(), **stacked_controls(captions)}
 
     def predict(self, transformer: Any, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-        """The model's timestep is sigma itself, and its output is `eps - x0` already."""
+        """The model's timestep is sigma itself, and its output is `eps - x0` already, also at the controls' tokens."""
         batch, _, height, width = x.shape
         stored = transformer.img_in.weight  # not `transformer.dtype`, which a fp32 LoRA changes
-        mask = condition["mask"]
+        mask, pictures = condition["mask"], [x, *control_latents(condition)]
+        tokens = [pack(latents).to(stored.device, stored.dtype) for latents in pictures]
         packed = transformer(
-            hidden_states=pack(x).to(stored.device, stored.dtype),
+            hidden_states=torch.cat(tokens, dim=1),
             encoder_hidden_states=condition["embeds"].to(stored.device, stored.dtype),
             encoder_hidden_states_mask=None if bool(mask.all()) else mask.to(stored.device),
             timestep=sigma.to(stored.device, stored.dtype),
-            img_shapes=[[(1, height // PATCH, width // PATCH)]] * batch,
+            img_shapes=[[(1, item.shape[2] // PATCH, item.shape[3] // PATCH) for item in pictures]] * batch,
             return_dict=False,
         )[0]
-        return unpack(packed.float(), height, width)
+        return unpack(packed[:, : tokens[0].shape[1]].float(), height, width)
 
     def guidance(self, pipeline: Path, config: Mapping[str, Any]) -> Guidance:
         """By two predictions."""
         return Guidance.CFG
+
+    def default_guidance(self, pipeline: Path, config: Mapping[str, Any]) -> float:
+        """The `true_cfg_scale` of its pipelines."""
+        return 4.0
 
     def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
         """n + scale (p - n), brought back to the length of p in every packed token (`QwenImagePipeline.__call__`)."""
@@ -125,14 +133,14 @@ class QwenImage:
         """Only a negative prompt, though it be a blank, switches the pipeline's guidance on."""
         return "true_cfg_scale=1" if scale == 1 else f'true_cfg_scale={scale:g}, negative_prompt=" "'
 
-    def sigmas(self, pipeline: Path, steps: int, latent: tuple[int, int, int]) -> tuple[float, ...]:
+    def sigmas(self, pipeline: Path, steps: int, latent: Latent) -> tuple[float, ...]:
         """As `QwenImagePipeline.__call__` asks the scheduler for them."""
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(pipeline / "scheduler")
         even = [1 - k / steps for k in range(steps)]
         retrieve_timesteps(scheduler, steps, "cpu", sigmas=even, mu=_mu(scheduler, latent))
         return tuple(float(sigma) for sigma in scheduler.sigmas[:-1])
 
-    def shift(self, pipeline: Path, latent: tuple[int, int, int]) -> float:
+    def shift(self, pipeline: Path, latent: Latent) -> float:
         """exp(mu) or mu where the scheduler shifts by size, else its fixed shift; its stretch to a last sigma is left
         out, for training is to cover every noise level."""
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(pipeline / "scheduler")
@@ -155,7 +163,7 @@ def unpack(packed: Tensor, height: int, width: int) -> Tensor:
     return x[:, :, 0]
 
 
-def _mu(scheduler: FlowMatchEulerDiscreteScheduler, latent: tuple[int, int, int]) -> float:
+def _mu(scheduler: FlowMatchEulerDiscreteScheduler, latent: Latent) -> float:
     config = scheduler.config
     tokens = (latent[1] // PATCH) * (latent[2] // PATCH)
     return float(

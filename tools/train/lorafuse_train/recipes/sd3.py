@@ -15,7 +15,7 @@ from lorafuse_train.targets import meta_model
 from lorafuse_train.weights import stored_dtype
 
 from .kl import EulerShift, KlLatents, visited
-from .recipe import Condition, Encoded, Guidance
+from .recipe import Condition, ControlPicture, Encoded, Guidance, Latent
 
 LONGEST_PROMPT = 256
 """Tokens of T5 that `StableDiffusion3Pipeline.__call__` pads to and cuts at."""
@@ -24,7 +24,8 @@ LONGEST_PROMPT = 256
 class Sd3(KlLatents, EulerShift):
     """The recipe of Stable Diffusion 3 medium, 3.5 medium, 3.5 large and its turbo."""
 
-    family = "sd3"
+    family = name = "sd3"
+    pipelines = ("StableDiffusion3Pipeline",)
     version = 1
     text_parts = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
     optional_parts = ("text_encoder_3", "tokenizer_3")
@@ -41,7 +42,9 @@ class Sd3(KlLatents, EulerShift):
         return loaded
 
     @torch.no_grad()
-    def encode_text(self, encoder: StableDiffusion3Pipeline, caption: str) -> Encoded:
+    def encode_text(
+        self, encoder: StableDiffusion3Pipeline, caption: str, controls: Sequence[ControlPicture] = ()
+    ) -> Encoded:
         """`embeds` (77 + L, D): both CLIPs side by side, then T5; `pooled` (P,) of both CLIPs; `room` for more tokens.
 
         The lengths are the same for every caption: the model attends to the padding, which is thus part of its input.
@@ -86,6 +89,10 @@ class Sd3(KlLatents, EulerShift):
         """By two predictions."""
         return Guidance.CFG
 
+    def default_guidance(self, pipeline: Path, config: Mapping[str, Any]) -> float:
+        """7 for SD3; 4.5 for 3.5, which has norms in its attention, and whose turbo nothing tells from it."""
+        return 4.5 if config.get("qk_norm") else 7.0
+
     def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
         """n + scale (p - n)."""
         return negative + scale * (positive - negative)
@@ -94,6 +101,6 @@ class Sd3(KlLatents, EulerShift):
         """The negative prompt is empty where none is given, which a blank is to its tokenizers too."""
         return f"guidance_scale={scale:g}"
 
-    def sigmas(self, pipeline: Path, steps: int, latent: tuple[int, int, int]) -> tuple[float, ...]:
+    def sigmas(self, pipeline: Path, steps: int, latent: Latent) -> tuple[float, ...]:
         """The scheduler's own, as `StableDiffusion3Pipeline.__call__` takes them."""
         return visited(pipeline, steps, latent)

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ZImagePipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
 from torch import Tensor, nn
 
 from lorafuse_train.weights import stored_dtype
 
 from .kl import PATCH, EulerShift, KlLatents, visited
-from .recipe import Condition, Encoded, Guidance
+from .recipe import Condition, ControlPicture, Encoded, Guidance, Latent
 
+TURBO_SHIFT = 3.0
 LONGEST_PROMPT = 512
 """Tokens that `ZImagePipeline.__call__` keeps by default, its chat template among them."""
 
@@ -22,7 +23,8 @@ LONGEST_PROMPT = 512
 class ZImage(KlLatents, EulerShift):
     """The recipe of Z-Image and Z-Image-Turbo (text to image)."""
 
-    family = "z_image"
+    family = name = "z_image"
+    pipelines = ("ZImagePipeline",)
     version = 1
     text_parts = ("text_encoder", "tokenizer")
     optional_parts = ()
@@ -34,7 +36,7 @@ class ZImage(KlLatents, EulerShift):
         return loaded.to(device)
 
     @torch.no_grad()
-    def encode_text(self, encoder: ZImagePipeline, caption: str) -> Encoded:
+    def encode_text(self, encoder: ZImagePipeline, caption: str, controls: Sequence[ControlPicture] = ()) -> Encoded:
         """`embeds` (L, D) in the encoder's precision, for the L tokens of the caption in its template."""
         (embeds,), _ = encoder.encode_prompt(
             caption,
@@ -72,6 +74,11 @@ class ZImage(KlLatents, EulerShift):
         """By two predictions, for Turbo as well, which is better off without."""
         return Guidance.CFG
 
+    def default_guidance(self, pipeline: Path, config: Mapping[str, Any]) -> float:
+        """The pipeline's 5, which is our 6; none for Turbo, known by its scheduler's shift of 3 (the base has 6)."""
+        scheduler = FlowMatchEulerDiscreteScheduler.load_config(pipeline / "scheduler")
+        return 1.0 if scheduler.get("shift", 1.0) <= TURBO_SHIFT else 6.0
+
     def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
         """n + scale (p - n), which `ZImagePipeline.__call__` writes as p + (scale - 1) (p - n)."""
         return positive + (scale - 1) * (positive - negative)
@@ -80,6 +87,6 @@ class ZImage(KlLatents, EulerShift):
         """The pipeline's scale is one less than ours, and 0 is its off."""
         return "guidance_scale=0" if scale == 1 else f'guidance_scale={scale - 1:g}, negative_prompt=" "'
 
-    def sigmas(self, pipeline: Path, steps: int, latent: tuple[int, int, int]) -> tuple[float, ...]:
+    def sigmas(self, pipeline: Path, steps: int, latent: Latent) -> tuple[float, ...]:
         """As `ZImagePipeline.__call__` asks the scheduler for them."""
         return visited(pipeline, steps, latent, [1 - k / steps for k in range(steps)])
