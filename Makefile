@@ -41,7 +41,7 @@ TRAIN_NEEDS += $(BUILD)/dataset/metadata.csv
 TRAIN_ARGS = $(DEMO_ARGS)
 endif
 
-.PHONY: help setup demo fuse train test check format experiment bench bench-fuse bench-fuse-scaling clean
+.PHONY: help setup demo fuse train test check format experiment bench bench-fuse bench-fuse-scaling bench-step clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s %s\n", $$1, $$2}' Makefile
@@ -93,7 +93,7 @@ BENCH_STATE = $(or $(patsubst $(COLD)=%,%,$(filter $(COLD)=%,$(BENCH_STATES))),$
 BENCH_ARGS = --size $(SIZE) --rounds $(ROUNDS) --rank $(RANK) --state $(BENCH_STATE) --out "$(OUT)" \
   --fuse-args="$(FUSE_ARGS)" $(if $(filter 1,$(KEEP)),--keep)
 
-bench: bench-fuse ## Run the benchmarks; see bench-fuse
+bench: bench-fuse bench-step ## Run the benchmarks; see bench-fuse and bench-step
 
 bench-fuse: $(STAMP) ## Compare a fuse with cp, diffusers, peft (SIZE=6 ROUNDS=5 RANK=64 LORAS=1 COLD=0 ONLY= OUT=)
 	@$(BIN)/python -m benchmarks.fuse $(BENCH_ARGS) --loras $(LORAS) $(if $(ONLY),--only $(ONLY)) \
@@ -101,6 +101,9 @@ bench-fuse: $(STAMP) ## Compare a fuse with cp, diffusers, peft (SIZE=6 ROUNDS=5
 
 bench-fuse-scaling: $(STAMP) ## How a fuse grows with SIZES="3 6 12", rank and number of LoRAs; start-up times
 	@$(BIN)/python -m benchmarks.scaling $(BENCH_ARGS) --sizes $(SIZES)
+
+bench-step: $(STAMP) ## Time a LoRA step beside diffusers' own loop, at the real size on a GPU (STEP_ARGS="--rank 16")
+	@$(BIN)/python -m benchmarks.train_step $(STEP_ARGS)
 
 # make experiment SEEDS=1 STEPS=240 STYLE=neon ONLY="plain default" DOCS=build/experiment; go on with the same command.
 experiment: SEEDS ?= 3

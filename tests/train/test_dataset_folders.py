@@ -107,13 +107,14 @@ def test_without_the_library_there_is_one_line(tmp_path: Path, monkeypatch: pyte
     lack_datasets(monkeypatch)
     with pytest.raises(ConfigError, match=r"pip install 'lorafuse\[datasets\]'"):
         read(tmp_path / "new", dataset_name="owner/name")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_folder_that_is_in_use_is_not_unpacked_into(tmp_path: Path) -> None:
     picture(tmp_path / "mine.png")
     with pytest.raises(DatasetError, match="is not empty"):
         read(tmp_path, dataset_name="owner/name")
-    assert (tmp_path / "mine.png").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.png"]
 
 
 @pytest.fixture

@@ -58,8 +58,6 @@ def train(space: Workspace, variant: Variant, seed: int, out: Path) -> float:
     """Train through the command line, as a user would; returns seconds, with start-up and samples."""
     started = time.monotonic()
     options = {**COMMON, **variant.options, "seed": str(seed), "max_train_steps": str(space.steps)}
-    if options.get("preserve_weight") != "0":
-        options["preserve_prompts"] = str(space.prompts)
     prompts = [
         part for text in drawing.captions(grid_scenes(), space.style)[:8] for part in ("--validation_prompt", text)
     ]

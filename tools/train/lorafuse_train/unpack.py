@@ -39,27 +39,37 @@ def unpack_dataset(config: TrainConfig) -> TrainConfig:
     if config.dataset_name is None:
         return config
     folder = config.dataset_base_path
-    unpacked = replace(config, dataset_metadata_path=folder / METADATA, image_column=None, caption_column=None)
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        wanted = _wanted(config)
-        found = _record(folder)
-        if found is None and any(entry.name not in (LOCK, RECORD) for entry in folder.iterdir()):
-            raise DatasetError(
-                f"--dataset_base_path {folder}: is not empty, and not what --dataset_name was unpacked to before; "
-                "give an empty or new folder"
-            )
-        if found == {**wanted, "complete": True}:
-            say(f"dataset: {config.dataset_name} was unpacked to {folder} before")
-            return unpacked
-        if found is not None and {**found, "complete": True} != {**wanted, "complete": True}:
-            raise DatasetError(
-                f"--dataset_base_path {folder}: holds {found.get('name')} as it was unpacked before, not what "
-                f"--dataset_name {config.dataset_name} is now; give a new folder or delete it"
-            )
-        _unpack(config, folder, wanted)
-        return unpacked
+    try:
+        with (folder / LOCK).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            _unpack_once(config, folder)
+    finally:
+        if not (folder / RECORD).exists():  # nothing was unpacked
+            (folder / LOCK).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # another process may be at it
+                if is_new:
+                    folder.rmdir()
+    return replace(config, dataset_metadata_path=folder / METADATA, image_column=None, caption_column=None)
+
+
+def _unpack_once(config: TrainConfig, folder: Path) -> None:
+    wanted, found = _wanted(config), _record(folder)
+    if found is None and any(entry.name not in (LOCK, RECORD) for entry in folder.iterdir()):
+        raise DatasetError(
+            f"--dataset_base_path {folder}: is not empty, and not what --dataset_name was unpacked to before; "
+            "give an empty or new folder"
+        )
+    if found == {**wanted, "complete": True}:
+        say(f"dataset: {config.dataset_name} was unpacked to {folder} before")
+        return
+    if found is not None and {**found, "complete": True} != {**wanted, "complete": True}:
+        raise DatasetError(
+            f"--dataset_base_path {folder}: holds {found.get('name')} as it was unpacked before, not what "
+            f"--dataset_name {config.dataset_name} is now; give a new folder or delete it"
+        )
+    _unpack(config, folder, wanted)
 
 
 def _wanted(config: TrainConfig) -> dict[str, Any]:
