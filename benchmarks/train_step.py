@@ -82,13 +82,13 @@ def make_transformer(args: argparse.Namespace, device: torch.device) -> Any:
 
 
 def lorafuse_step(args: argparse.Namespace, model: Any, device: torch.device) -> tuple[Step, list[nn.Parameter]]:
-    """As `lorafuse_train.loop` takes one, less the bookkeeping."""
+    """As `lorafuse_train.steps.loop` takes one, less the bookkeeping."""
     from lorafuse_common.families import FAMILIES
-    from lorafuse_train.adapter import attach, spare_casts
-    from lorafuse_train.config import TrainConfig
-    from lorafuse_train.objective import add_noise, loss_sum
+    from lorafuse_train.lora.adapter import attach, spare_casts
+    from lorafuse_train.lora.targets import resolve_targets
+    from lorafuse_train.options.config import TrainConfig
     from lorafuse_train.recipes.qwen_image import QwenImage
-    from lorafuse_train.targets import resolve_targets
+    from lorafuse_train.steps.objective import add_noise, loss_sum
 
     family = next(family for family in FAMILIES if family.name == "qwen_image")
     config = TrainConfig(
@@ -119,7 +119,7 @@ def diffusers_step(args: argparse.Namespace, model: Any, device: torch.device) -
     from peft import LoraConfig
 
     from lorafuse_common.families import FAMILIES
-    from lorafuse_train.targets import resolve_targets
+    from lorafuse_train.lora.targets import resolve_targets
 
     family = next(family for family in FAMILIES if family.name == "qwen_image")
     modules = list(resolve_targets(model, family, "preset").modules)

@@ -12,7 +12,7 @@ from conftest import ROOT
 
 import lorafuse_fuse.cli
 from lorafuse_train import cli
-from lorafuse_train.health import LEAST_AGREEMENT, Health, read_health
+from lorafuse_train.samples.health import LEAST_AGREEMENT, Health, read_health
 
 DEMO = ROOT / "examples" / "shapes"
 COMMON = {

@@ -17,7 +17,7 @@ from trials.measure import Measure, Score, train_style_judge
 from trials.variants import VARIANTS
 from trials.workspace import write_prompts
 
-from lorafuse_train.options import resolve_config
+from lorafuse_train.options.options import resolve_config
 
 
 def test_the_distance_is_that_of_two_gaussians() -> None:

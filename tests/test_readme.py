@@ -8,8 +8,8 @@ import typer
 from conftest import ROOT
 
 from lorafuse_fuse.cli import app
-from lorafuse_train.options import OPTIONS
-from lorafuse_train.sample_options import SAMPLE_OPTIONS
+from lorafuse_train.options.options import OPTIONS
+from lorafuse_train.samples.sample_options import SAMPLE_OPTIONS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MENTIONED = set(re.findall(r"--[a-z][a-z0-9_-]*", README))

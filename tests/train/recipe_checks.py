@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from train.runs import step_rows
 
 from lorafuse_common.naming import Family
-from lorafuse_train.adapter import attach
-from lorafuse_train.objective import add_noise, loss_sum
-from lorafuse_train.options import resolve_config
+from lorafuse_train.lora.adapter import attach
+from lorafuse_train.lora.targets import Targets, resolve_targets
+from lorafuse_train.options.options import resolve_config
 from lorafuse_train.precision import Precision
 from lorafuse_train.recipes.recipe import Encoded, Recipe
-from lorafuse_train.targets import Targets, resolve_targets
+from lorafuse_train.steps.objective import add_noise, loss_sum
 
 CPU = Precision(torch.device("cpu"), autocast=False, reason="")
 

@@ -19,18 +19,18 @@ from train import tiny
 
 from lorafuse_common.errors import ConfigError
 from lorafuse_common.families.qwen_image import QWEN_IMAGE
-from lorafuse_train.adapter import FILE_NAME, attach, dropout, lora_state, spare_casts, without
 from lorafuse_train.base import open_base
-from lorafuse_train.config import TrainConfig
-from lorafuse_train.data import Sample
-from lorafuse_train.lora_file import load_back, save_lora
-from lorafuse_train.metadata import lora_header
-from lorafuse_train.options import resolve_config
-from lorafuse_train.pissa import INITIAL
+from lorafuse_train.dataset.data import Sample
+from lorafuse_train.lora.adapter import FILE_NAME, attach, dropout, lora_state, spare_casts, without
+from lorafuse_train.lora.lora_file import load_back, save_lora
+from lorafuse_train.lora.metadata import lora_header
+from lorafuse_train.lora.pissa import INITIAL
+from lorafuse_train.lora.ranks import adapter_arguments, module_strengths, trainable
+from lorafuse_train.lora.targets import Targets, resolve_targets
+from lorafuse_train.options.config import TrainConfig
+from lorafuse_train.options.options import resolve_config
 from lorafuse_train.plan import Plan
-from lorafuse_train.ranks import adapter_arguments, module_strengths, trainable
 from lorafuse_train.recipes.qwen_image import QwenImage
-from lorafuse_train.targets import Targets, resolve_targets
 
 TARGETS = "to_q,img_mod.1,img_mlp.net.2"
 KINDS: dict[str, dict[str, Any]] = {

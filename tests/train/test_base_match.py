@@ -12,9 +12,9 @@ from train.runs import run, save_world
 
 import lorafuse_fuse.cli
 from lorafuse_common.errors import ConfigError, LorafuseError
-from lorafuse_train.adapter import FILE_NAME
 from lorafuse_train.base import Base
-from lorafuse_train.base_match import TrainedOn, require_same_base, trained_on
+from lorafuse_train.lora.adapter import FILE_NAME
+from lorafuse_train.lora.base_match import TrainedOn, require_same_base, trained_on
 
 
 @pytest.fixture(scope="module")

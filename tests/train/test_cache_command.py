@@ -22,7 +22,8 @@ from train.runs import run as train_run
 from train.runs import save_world
 
 from lorafuse_common.errors import ConfigError, OutputError
-from lorafuse_train import cache, cli, contact_sheet, verify_cache
+from lorafuse_train import cli
+from lorafuse_train.encoding import cache, contact_sheet, verify_cache
 from lorafuse_train.recipes.qwen_image import QwenImage
 
 PATHS = ":".join(map(str, (ROOT, ROOT / "tools/fuse", ROOT / "tools/train")))

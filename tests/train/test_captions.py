@@ -13,10 +13,10 @@ from PIL import Image
 from train import tiny, tiny_flux, tiny_flux2, tiny_sd3, tiny_z_image
 
 from lorafuse_common.errors import DatasetError
-from lorafuse_train.captions import measure_captions
-from lorafuse_train.config import TrainConfig
-from lorafuse_train.data import Sample, read_dataset
-from lorafuse_train.pictures import Geometry
+from lorafuse_train.dataset.captions import measure_captions
+from lorafuse_train.dataset.data import Sample, read_dataset
+from lorafuse_train.dataset.pictures import Geometry
+from lorafuse_train.options.config import TrainConfig
 from lorafuse_train.recipes import RECIPES, flux, flux2, qwen_image, sd3, z_image
 
 CAPTIONS = (

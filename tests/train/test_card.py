@@ -15,10 +15,10 @@ from train.runs import run, save_world
 
 import lorafuse_fuse.cli
 from lorafuse_common.manifest import read_manifest
-from lorafuse_train import card, markdown
-from lorafuse_train.adapter import FILE_NAME
-from lorafuse_train.card import CARD, is_ours, marked
-from lorafuse_train.fuse_commands import fuse_commands, target_sha256
+from lorafuse_train.lora import card, markdown
+from lorafuse_train.lora.adapter import FILE_NAME
+from lorafuse_train.lora.card import CARD, is_ours, marked
+from lorafuse_train.lora.fuse_commands import fuse_commands, target_sha256
 
 HOSTILE = "a | \"b\": 'c' `d` ``e`` <script> *f* [g](h) # i ---\n- x: {y} & \\z 日本 🟥"
 

@@ -20,10 +20,10 @@ from typer.testing import CliRunner
 
 from lorafuse_common.errors import DatasetError
 from lorafuse_train import cli
-from lorafuse_train.captions import Lengths
-from lorafuse_train.data import Sample
-from lorafuse_train.dataset_statistics import crop, enlargement, gather_statistics
-from lorafuse_train.pictures import Geometry
+from lorafuse_train.dataset.captions import Lengths
+from lorafuse_train.dataset.data import Sample
+from lorafuse_train.dataset.dataset_statistics import crop, enlargement, gather_statistics
+from lorafuse_train.dataset.pictures import Geometry
 
 
 def check(*arguments: object) -> tuple[int, str, str]:

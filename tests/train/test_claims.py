@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from lorafuse_train.claims import Claims, shared
+from lorafuse_train.encoding.claims import Claims, shared
 
 PATHS = ":".join(map(str, (ROOT, ROOT / "tools/fuse", ROOT / "tools/train")))
 WORKER = """
     import hashlib, sys, time
     from pathlib import Path
-    from lorafuse_train.claims import shared
+    from lorafuse_train.encoding.claims import shared
 
     root, count, seconds, name = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
     keys = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(count)]

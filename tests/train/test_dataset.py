@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from lorafuse_common.errors import DatasetError
-from lorafuse_train.config import TrainConfig
-from lorafuse_train.data import Sample, read_dataset
-from lorafuse_train.pictures import Geometry, open_picture, to_picture, to_pixels
+from lorafuse_train.dataset.data import Sample, read_dataset
+from lorafuse_train.dataset.pictures import Geometry, open_picture, to_picture, to_pixels
+from lorafuse_train.options.config import TrainConfig
 
 
 def read(folder: Path, multiple: int = 8, **options: Any) -> list[Sample]:

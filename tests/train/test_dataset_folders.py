@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from lorafuse_common.errors import ConfigError, DatasetError
-from lorafuse_train import unpack
-from lorafuse_train.config import TrainConfig
-from lorafuse_train.data import Sample, read_dataset
-from lorafuse_train.pictures import Geometry
+from lorafuse_train.dataset import unpack
+from lorafuse_train.dataset.data import Sample, read_dataset
+from lorafuse_train.dataset.pictures import Geometry
+from lorafuse_train.options.config import TrainConfig
 
 
 def read(folder: Path, **options: Any) -> list[Sample]:

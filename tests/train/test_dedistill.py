@@ -16,8 +16,8 @@ import lorafuse_fuse.cli
 from lorafuse_common.errors import ConfigError
 from lorafuse_common.manifest import Role, read_manifest
 from lorafuse_train import cli
-from lorafuse_train.adapter import FILE_NAME
-from lorafuse_train.trajectories import starting_noise
+from lorafuse_train.few_step.trajectories import starting_noise
+from lorafuse_train.lora.adapter import FILE_NAME
 
 PROMPTS = ("a red circle", "a blue square", "a green star")
 

@@ -21,8 +21,9 @@ from train import tiny
 from train.runs import arguments_of, run, save_world
 
 from lorafuse_common.errors import ConfigError
-from lorafuse_train import launch, state
-from lorafuse_train.adapter import FILE_NAME
+from lorafuse_train import launch
+from lorafuse_train.lora.adapter import FILE_NAME
+from lorafuse_train.steps import state
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 ACCELERATE = [
@@ -120,7 +121,9 @@ def test_another_number_of_processes_is_said(
 FAILING = """
     import os, sys
     from lorafuse_common.errors import LorafuseError
-    from lorafuse_train import cli, loop, train
+    from lorafuse_train import cli
+    from lorafuse_train.steps import loop
+    from lorafuse_train import train
 
     whole, calls = {module}.{name}, []
 
@@ -195,7 +198,8 @@ def test_what_runs_is_compared_with_what_was_asked_for(monkeypatch: pytest.Monke
 KILLED = """
     import os, signal, sys
     from lorafuse_common import publish
-    from lorafuse_train import cli, state
+    from lorafuse_train import cli
+    from lorafuse_train.steps import state
 
     whole, calls = {module}.{name}, []
 

@@ -14,17 +14,17 @@ from PIL import Image
 from train import tiny, tiny_edit
 
 from lorafuse_common.errors import ConfigError, DatasetError
-from lorafuse_train.config import TrainConfig
-from lorafuse_train.data import Prompt, Sample, read_dataset
-from lorafuse_train.drawn_prompts import unrelated
-from lorafuse_train.encode import Encodings, fill_cache, open_cache
-from lorafuse_train.loop import Training, _loss_sum
-from lorafuse_train.options import resolve_config
-from lorafuse_train.order import MicroBatch
-from lorafuse_train.pictures import ControlRule, Geometry
+from lorafuse_train.dataset.data import Prompt, Sample, read_dataset
+from lorafuse_train.dataset.order import MicroBatch
+from lorafuse_train.dataset.pictures import ControlRule, Geometry
+from lorafuse_train.encoding.encode import Encodings, fill_cache, open_cache
+from lorafuse_train.options.config import TrainConfig
+from lorafuse_train.options.options import resolve_config
 from lorafuse_train.plan import Plan, make_order, plan_training
-from lorafuse_train.prompts import EDITS, STILL
 from lorafuse_train.recipes.flux_kontext import FluxKontext
+from lorafuse_train.samples.drawn_prompts import unrelated
+from lorafuse_train.samples.prompts import EDITS, STILL
+from lorafuse_train.steps.loop import Training, _loss_sum
 
 CPU = torch.device("cpu")
 EDIT = ControlRule("EditPipeline", 1, 3, size=lambda picture, target: (picture[0] // 8 * 8, picture[1] // 8 * 8))

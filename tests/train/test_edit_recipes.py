@@ -22,7 +22,7 @@ from lorafuse_train.recipes import flux, qwen_image, recipe_for
 from lorafuse_train.recipes.flux_kontext import FluxKontext
 from lorafuse_train.recipes.qwen_image_edit import QwenImageEdit, QwenImageEditPlus
 from lorafuse_train.recipes.recipe import ControlPicture, Encoded, Guidance, Recipe
-from lorafuse_train.sample import Schedule, denoise
+from lorafuse_train.samples.sample import Schedule, denoise
 
 CAPTIONS = ("a red star", "ink sketch of a blue circle on a navy background")
 HEIGHT, WIDTH, LATENT = 16, 24, (4, 4, 6)

@@ -16,9 +16,9 @@ from train.recipe_checks import check_run
 from train.runs import run, save_world
 
 from lorafuse_common.errors import ConfigError, DatasetError
-from lorafuse_train import gallery
-from lorafuse_train.adapter import FILE_NAME
-from lorafuse_train.grid import LabelledRow, draw_grid
+from lorafuse_train.lora.adapter import FILE_NAME
+from lorafuse_train.samples import gallery
+from lorafuse_train.samples.grid import LabelledRow, draw_grid
 
 
 def lightning(kind: str) -> Any:

@@ -9,10 +9,10 @@ import torch
 from train import tiny
 
 from lorafuse_common.errors import DatasetError
-from lorafuse_train import cache, encode
-from lorafuse_train.cache import Cache
-from lorafuse_train.data import Prompt
-from lorafuse_train.options import resolve_config
+from lorafuse_train.dataset.data import Prompt
+from lorafuse_train.encoding import cache, encode
+from lorafuse_train.encoding.cache import Cache
+from lorafuse_train.options.options import resolve_config
 from lorafuse_train.plan import Plan, plan_training
 from lorafuse_train.recipes.qwen_image import QwenImage
 

@@ -22,15 +22,15 @@ from lorafuse_common.dialects.kohya import KOHYA
 from lorafuse_common.errors import ConfigError, LorafuseError
 from lorafuse_common.families.flux import FLUX
 from lorafuse_common.lora import read_lora
-from lorafuse_train import export
-from lorafuse_train.adapter import FILE_NAME, attach, lora_state
 from lorafuse_train.base import open_base
-from lorafuse_train.config import TrainConfig
-from lorafuse_train.export import PLACES, Exporter, Update, plan_exports, update_gap
-from lorafuse_train.lora_file import load_back, pipeline_of, save_lora
-from lorafuse_train.options import resolve_config
+from lorafuse_train.lora import export
+from lorafuse_train.lora.adapter import FILE_NAME, attach, lora_state
+from lorafuse_train.lora.export import PLACES, Exporter, Update, plan_exports, update_gap
+from lorafuse_train.lora.lora_file import load_back, pipeline_of, save_lora
+from lorafuse_train.lora.targets import meta_model, resolve_targets
+from lorafuse_train.options.config import TrainConfig
+from lorafuse_train.options.options import resolve_config
 from lorafuse_train.recipes import RECIPES
-from lorafuse_train.targets import meta_model, resolve_targets
 
 FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "qwen_image": (tiny, {}),

@@ -20,14 +20,14 @@ from train.runs import run, save_world
 import lorafuse_fuse.cli
 from lorafuse_common.errors import ConfigError
 from lorafuse_common.manifest import MANIFEST_NAME
-from lorafuse_train import trajectories
-from lorafuse_train.adapter import FILE_NAME
-from lorafuse_train.cache import load
-from lorafuse_train.coupling import Coupling, assign
-from lorafuse_train.objective import draw
-from lorafuse_train.preserve import draw_visits
-from lorafuse_train.timesteps import NoiseLevels
-from lorafuse_train.trajectories import starting_noise
+from lorafuse_train.encoding.cache import load
+from lorafuse_train.few_step import trajectories
+from lorafuse_train.few_step.coupling import Coupling, assign
+from lorafuse_train.few_step.preserve import draw_visits
+from lorafuse_train.few_step.trajectories import starting_noise
+from lorafuse_train.lora.adapter import FILE_NAME
+from lorafuse_train.steps.objective import draw
+from lorafuse_train.steps.timesteps import NoiseLevels
 
 PROMPTS = ["a blue circle", "a green square", "a navy star", "a red sketch"]
 KEPT: dict[str, Any] = {"objective_base": "auto", "preserve_weight": "auto", "preserve_count": 3}
@@ -178,7 +178,7 @@ def test_trajectories_are_the_pipelines(world: Path, tmp_path: Path) -> None:
 def test_trajectories_of_a_base_that_may_not_be_written_lie_in_the_cache(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorafuse_train.trajectories.os.access", lambda *_: False)
+    monkeypatch.setattr("lorafuse_train.few_step.trajectories.os.access", lambda *_: False)
     assert trajectories.choose_folder(world / "fused", tmp_path) == tmp_path / "trajectories"
 
 

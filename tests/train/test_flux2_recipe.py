@@ -18,12 +18,12 @@ from train.runs import run, save_world
 
 from lorafuse_common.errors import CheckpointError
 from lorafuse_common.families.flux2 import FLUX2
+from lorafuse_train.lora.targets import resolve_targets
 from lorafuse_train.precision import Precision
 from lorafuse_train.recipes import recipe_for
 from lorafuse_train.recipes.flux2 import MANY_STEPS, Flux2, patchify, unpatchify
 from lorafuse_train.recipes.recipe import ControlPicture, Guidance
-from lorafuse_train.sample import Schedule, denoise
-from lorafuse_train.targets import resolve_targets
+from lorafuse_train.samples.sample import Schedule, denoise
 
 CAPTION, LONGER = "a red star", "ink sketch of a blue circle on a navy background"
 LATENT = (4, 4, 6)

@@ -19,13 +19,13 @@ from train.runs import run, save_world
 
 from lorafuse_common import manifest
 from lorafuse_common.families.flux import FLUX
-from lorafuse_train.adapter import FILE_NAME
-from lorafuse_train.gallery import choose_schedules
+from lorafuse_train.lora.adapter import FILE_NAME
+from lorafuse_train.lora.targets import meta_model, resolve_targets
 from lorafuse_train.precision import Precision
 from lorafuse_train.recipes.flux import LONGEST_PROMPT, Flux, pack, unpack
 from lorafuse_train.recipes.recipe import Guidance
-from lorafuse_train.sample import Schedule, denoise
-from lorafuse_train.targets import meta_model, resolve_targets
+from lorafuse_train.samples.gallery import choose_schedules
+from lorafuse_train.samples.sample import Schedule, denoise
 
 CAPTIONS = ("a red star", "ink sketch of a blue circle on a navy background")
 LATENT = (4, 4, 6)

@@ -14,16 +14,16 @@ from torch import Tensor
 from train import tiny
 
 from lorafuse_common.errors import ConfigError
-from lorafuse_train import gallery as module
 from lorafuse_train.base import Base
-from lorafuse_train.config import TrainConfig
-from lorafuse_train.gallery import Gallery, shown
-from lorafuse_train.grid import GAP, LabelledRow, draw_grid
-from lorafuse_train.original_rows import original_on_host
+from lorafuse_train.lora.targets import resolve_targets
+from lorafuse_train.options.config import TrainConfig
 from lorafuse_train.precision import Precision
 from lorafuse_train.recipes.qwen_image import QwenImage
-from lorafuse_train.sample import Column, Schedule, draw_row, noise_from, starting_noise, steps_of_row
-from lorafuse_train.targets import resolve_targets
+from lorafuse_train.samples import gallery as module
+from lorafuse_train.samples.gallery import Gallery, shown
+from lorafuse_train.samples.grid import GAP, LabelledRow, draw_grid
+from lorafuse_train.samples.original_rows import original_on_host
+from lorafuse_train.samples.sample import Column, Schedule, draw_row, noise_from, starting_noise, steps_of_row
 
 CPU = Precision(torch.device("cpu"), autocast=False, reason="")
 
@@ -76,7 +76,7 @@ def test_a_film_is_shown_as_a_strip() -> None:
 @pytest.mark.parametrize("at_once", [1, 10**6])
 def test_a_row_does_not_depend_on_how_many_are_drawn_at_once(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor on which columns there are: of other sizes, schedules and negative prompts."""
-    monkeypatch.setattr("lorafuse_train.sample.TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr("lorafuse_train.samples.sample.TOKENS_AT_ONCE", at_once)
     transformer = tiny.pipeline().transformer
     generator = torch.Generator().manual_seed(0)
     encoded = [{"embeds": torch.randn(n, 16, generator=generator)} for n in (3, 7, 5, 4)]
@@ -98,7 +98,7 @@ def test_a_row_does_not_depend_on_how_many_are_drawn_at_once(at_once: int, monke
 
 def world(tmp_path: Path) -> tuple[Any, Base, tuple[Column, ...]]:
     from lorafuse_common.families.qwen_image import QWEN_IMAGE
-    from lorafuse_train.adapter import attach
+    from lorafuse_train.lora.adapter import attach
 
     folder = tiny.save_pipeline(tmp_path / "base")
     transformer = tiny.pipeline().transformer.requires_grad_(False)

@@ -13,7 +13,8 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from lorafuse_train.health import (
+from lorafuse_train.precision import Precision
+from lorafuse_train.samples.health import (
     Agreement,
     Health,
     Pictures,
@@ -22,9 +23,8 @@ from lorafuse_train.health import (
     read_health,
     sharpness,
 )
-from lorafuse_train.health_plot import BAD, GOOD, draw_health
-from lorafuse_train.precision import Precision
-from lorafuse_train.sample import Schedule, starting_noise
+from lorafuse_train.samples.health_plot import BAD, GOOD, draw_health
+from lorafuse_train.samples.sample import Schedule, starting_noise
 
 CPU = Precision(torch.device("cpu"), autocast=False, reason="")
 
@@ -92,7 +92,7 @@ class LineRecipe:
 @pytest.mark.parametrize("at_once", [1, 10**6])
 def test_agreement_is_one_minus_the_relative_difference(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With v = (x - a) / sigma + e, x0 without LoRA is a everywhere on the trajectory, and a - sigma e with it."""
-    monkeypatch.setattr("lorafuse_train.health.TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr("lorafuse_train.samples.health.TOKENS_AT_ONCE", at_once)
     prompts = tuple({"a": torch.tensor(value)} for value in (3.0, 4.0))
     schedule = Schedule((1.0, 0.5), 1.0)
     recipe: Any = LineRecipe()

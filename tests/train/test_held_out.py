@@ -16,12 +16,12 @@ from PIL import Image
 from train.runs import run, save_world
 
 from lorafuse_common.errors import ConfigError, DatasetError
-from lorafuse_train.adapter import FILE_NAME
-from lorafuse_train.config import TrainConfig
-from lorafuse_train.data import Sample, read_dataset
-from lorafuse_train.held_out import LEVELS, fixed_noise, hold_out, split
-from lorafuse_train.options import resolve_config
-from lorafuse_train.pictures import Geometry
+from lorafuse_train.dataset.data import Sample, read_dataset
+from lorafuse_train.dataset.pictures import Geometry
+from lorafuse_train.lora.adapter import FILE_NAME
+from lorafuse_train.options.config import TrainConfig
+from lorafuse_train.options.options import resolve_config
+from lorafuse_train.samples.held_out import LEVELS, fixed_noise, hold_out, split
 
 GIVEN = {"fused_model": "f", "dataset_base_path": "d", "output_path": "o"}
 

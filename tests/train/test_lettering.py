@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from lorafuse_train.lettering import drawable, has_glyph, load_font, wrapped
+from lorafuse_train.samples.lettering import drawable, has_glyph, load_font, wrapped
 
 
 def test_what_the_font_has_stays() -> None:

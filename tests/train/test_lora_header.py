@@ -17,8 +17,8 @@ from train.runs import save_world
 from lorafuse_common.errors import ConfigError
 from lorafuse_common.manifest import read_manifest, weights_sha256
 from lorafuse_fuse.provenance import provenance
-from lorafuse_train.adapter import FILE_NAME
-from lorafuse_train.metadata import NAMES
+from lorafuse_train.lora.adapter import FILE_NAME
+from lorafuse_train.lora.metadata import NAMES
 from lorafuse_train.recipes import RECIPES
 
 

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from lorafuse_common.errors import DatasetError
-from lorafuse_train.data import Sample, read_dataset
-from lorafuse_train.masks import Masks, read_masks
-from lorafuse_train.options import resolve_config
-from lorafuse_train.pictures import Geometry
+from lorafuse_train.dataset.data import Sample, read_dataset
+from lorafuse_train.dataset.masks import Masks, read_masks
+from lorafuse_train.dataset.pictures import Geometry
+from lorafuse_train.options.options import resolve_config
 
 
 def save(folder: Path, rows: dict[str, Image.Image | None], size: tuple[int, int] = (64, 32)) -> None:

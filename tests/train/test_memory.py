@@ -13,9 +13,9 @@ from train.runs import run, save_world
 
 from lorafuse_common.errors import ConfigError
 from lorafuse_train import memory, train
-from lorafuse_train.config import TrainConfig
 from lorafuse_train.memory import Activations, Memory, lora_bytes, require_memory
-from lorafuse_train.options import resolve_config
+from lorafuse_train.options.config import TrainConfig
+from lorafuse_train.options.options import resolve_config
 from lorafuse_train.plan import Plan
 
 GIB = 2**30
@@ -72,7 +72,7 @@ def test_the_activations_are_those_that_autograd_keeps(
         real.append(kept.bytes - 2 * x0.nbytes * (training.plan.samples[0].size == (32, 32)))
         return loss
 
-    from lorafuse_train import loop
+    from lorafuse_train.steps import loop
 
     estimate, loss_sum = memory.estimate_memory, loop._loss_sum
     monkeypatch.setattr(train, "estimate_memory", noted)

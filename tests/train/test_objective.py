@@ -8,9 +8,9 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from lorafuse_train.objective import add_noise, draw, drops_caption, loss_sum
-from lorafuse_train.order import Order, seed_for
-from lorafuse_train.timesteps import NoiseLevels
+from lorafuse_train.dataset.order import Order, seed_for
+from lorafuse_train.steps.objective import add_noise, draw, drops_caption, loss_sum
+from lorafuse_train.steps.timesteps import NoiseLevels
 
 
 def test_noising_is_the_schedulers() -> None:

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lorafuse_train.headers import read_header
-from lorafuse_train.picture_faults import quiet_pillow, similar_name
-from lorafuse_train.pictures import open_picture, upright_size
+from lorafuse_train.dataset.picture_faults import quiet_pillow, similar_name
+from lorafuse_train.dataset.pictures import open_picture, upright_size
+from lorafuse_train.lora.headers import read_header
 
 NOISE = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
 

@@ -12,8 +12,8 @@ from train.runs import run, save_world
 from train.upload_hub import TOKEN, UploadHub, serving
 
 from lorafuse_common.errors import ConfigError, HubError
-from lorafuse_train.adapter import FILE_NAME
-from lorafuse_train.push import check_hub, push
+from lorafuse_train.lora.adapter import FILE_NAME
+from lorafuse_train.lora.push import check_hub, push
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[UploadHub]:
 
 
 def config(out: Path, **options: Any) -> Any:
-    from lorafuse_train.options import resolve_config
+    from lorafuse_train.options.options import resolve_config
 
     asked = {"push_to_hub": "yes", "hub_model_id": "somebody/lora", **options}
     return resolve_config({"fused_model": "x", "dataset_base_path": "x", "output_path": out, **asked})

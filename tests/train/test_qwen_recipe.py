@@ -12,7 +12,7 @@ from train import tiny
 
 from lorafuse_train.precision import Precision
 from lorafuse_train.recipes.qwen_image import QwenImage, pack, unpack
-from lorafuse_train.sample import Schedule, denoise
+from lorafuse_train.samples.sample import Schedule, denoise
 
 CAPTION, LONGER = "a red star", "ink sketch of a blue circle on a navy background"
 LATENT = (4, 4, 6)

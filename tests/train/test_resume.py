@@ -19,9 +19,10 @@ from train.runs import run, save_world
 
 import lorafuse_fuse.cli
 from lorafuse_common.errors import ConfigError, OutputError
-from lorafuse_train import state, train
-from lorafuse_train.adapter import FILE_NAME
-from lorafuse_train.objective import add_noise
+from lorafuse_train import train
+from lorafuse_train.lora.adapter import FILE_NAME
+from lorafuse_train.steps import state
+from lorafuse_train.steps.objective import add_noise
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +168,7 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(
             os.kill(os.getpid(), number)
         return add_noise(*args)
 
-    monkeypatch.setattr("lorafuse_train.loop.add_noise", interrupted)
+    monkeypatch.setattr("lorafuse_train.steps.loop.add_noise", interrupted)
     said: list[str] = []
     handlers = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]
     monkeypatch.setattr("lorafuse_train.cli._complain", said.append)
@@ -192,7 +193,7 @@ def test_a_checkpoint_that_fails_half_way_leaves_the_one_before(
         if next(calls) == 1:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lorafuse_train.state.save_file", failing)
+    monkeypatch.setattr("lorafuse_train.steps.state.save_file", failing)
     with pytest.raises(OutputError, match=r"checkpoint-2: cannot be written .No space left on device"):
         run(world, tmp_path / "out", checkpointing_steps=1)
     assert [path.name for path in (tmp_path / "out").glob("*checkpoint*")] == ["checkpoint-1"]

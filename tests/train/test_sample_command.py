@@ -20,8 +20,8 @@ from train.runs import run, save_world
 from lorafuse_common.errors import ConfigError, OutputError
 from lorafuse_common.tensorfile import read_header
 from lorafuse_train import cli
-from lorafuse_train.adapter import FILE_NAME
-from lorafuse_train.sample_options import WantedLora, parse_lora, resolve_sample
+from lorafuse_train.lora.adapter import FILE_NAME
+from lorafuse_train.samples.sample_options import WantedLora, parse_lora, resolve_sample
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_a_lora_of_another_base_is_refused_unless_allowed(world: Path, lora: Pat
 def test_all_that_is_wrong_is_said_before_anything_is_loaded(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorafuse_train.sample_command.load_transformer", None)
+    monkeypatch.setattr("lorafuse_train.samples.sample_command.load_transformer", None)
     with pytest.raises(ConfigError) as caught:
         resolve_sample({"seed": "-1", "height": "64"})
     for part in ("--seed: found -1", "--fused_model is missing", "--output_path is missing", "nothing to draw",

@@ -17,14 +17,14 @@ from train.runs import run, save_world
 
 from lorafuse_common.errors import CheckpointError
 from lorafuse_common.families.sd3 import SD3
-from lorafuse_train.adapter import FILE_NAME, attach
 from lorafuse_train.base import trainable_dtype
-from lorafuse_train.objective import loss_sum
+from lorafuse_train.lora.adapter import FILE_NAME, attach
+from lorafuse_train.lora.targets import meta_model, resolve_targets
 from lorafuse_train.precision import Precision, choose_precision
 from lorafuse_train.recipes.recipe import Guidance
 from lorafuse_train.recipes.sd3 import LONGEST_PROMPT, Sd3
-from lorafuse_train.sample import Schedule, denoise
-from lorafuse_train.targets import meta_model, resolve_targets
+from lorafuse_train.samples.sample import Schedule, denoise
+from lorafuse_train.steps.objective import loss_sum
 
 CAPTIONS = ("a red star", "ink sketch of a blue circle on a navy background")
 LATENT = (4, 4, 6)

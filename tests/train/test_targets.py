@@ -9,10 +9,10 @@ from train import tiny
 
 from lorafuse_common.errors import ConfigError
 from lorafuse_common.families.qwen_image import QWEN_IMAGE
-from lorafuse_train.adapter import attach
-from lorafuse_train.options import resolve_config
+from lorafuse_train.lora.adapter import attach
+from lorafuse_train.lora.targets import Targets, meta_model, resolve_targets
+from lorafuse_train.options.options import resolve_config
 from lorafuse_train.recipes.qwen_image import QwenImage
-from lorafuse_train.targets import Targets, meta_model, resolve_targets
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,14 @@ from PIL import Image
 from train.runs import save_world
 
 from lorafuse_common.errors import ConfigError
-from lorafuse_train import cli, histogram
+from lorafuse_train import cli
 from lorafuse_train.base import Base, open_base
-from lorafuse_train.config import TrainConfig
-from lorafuse_train.objective import draw
-from lorafuse_train.options import resolve_config
-from lorafuse_train.order import Order
-from lorafuse_train.timesteps import NoiseLevels, choose_levels, loss_weights, require_density
+from lorafuse_train.dataset.order import Order
+from lorafuse_train.options.config import TrainConfig
+from lorafuse_train.options.options import resolve_config
+from lorafuse_train.steps import histogram
+from lorafuse_train.steps.objective import draw
+from lorafuse_train.steps.timesteps import NoiseLevels, choose_levels, loss_weights, require_density
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from train.runs import run, save_world, step_rows
 
 from lorafuse_common.errors import ConfigError
-from lorafuse_train.log import COLUMNS, VALIDATED
-from lorafuse_train.options import resolve_config
-from lorafuse_train.trackers import check_trackers
+from lorafuse_train.options.options import resolve_config
+from lorafuse_train.steps.log import COLUMNS, VALIDATED
+from lorafuse_train.steps.trackers import check_trackers
 
 GIVEN: dict[str, Any] = {"fused_model": "fused", "dataset_base_path": "data", "output_path": "out"}
 

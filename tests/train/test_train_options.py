@@ -12,8 +12,8 @@ import typer.main
 
 from lorafuse_common.errors import ConfigError
 from lorafuse_train import cli
-from lorafuse_train.config import TrainConfig
-from lorafuse_train.options import OPTIONS, dump_config, resolve_config
+from lorafuse_train.options.config import TrainConfig
+from lorafuse_train.options.options import OPTIONS, dump_config, resolve_config
 
 GIVEN: dict[str, Any] = {"fused_model": "fused", "dataset_base_path": "data", "output_path": "out"}
 NAMES = [

@@ -14,11 +14,11 @@ from train.runs import run, save_world
 
 from lorafuse_common.errors import CheckpointError, ConfigError, LorafuseError, ManifestError, OutputError
 from lorafuse_train import cli
-from lorafuse_train.adapter import FILE_NAME
-from lorafuse_train.data import Sample
-from lorafuse_train.encode import Encodings
-from lorafuse_train.metadata import lora_header
-from lorafuse_train.objective import loss_sum
+from lorafuse_train.dataset.data import Sample
+from lorafuse_train.encoding.encode import Encodings
+from lorafuse_train.lora.adapter import FILE_NAME
+from lorafuse_train.lora.metadata import lora_header
+from lorafuse_train.steps.objective import loss_sum
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_nothing_is_overwritten_unless_asked(world: Path, tmp_path: Path, monkey
     with pytest.raises(OutputError, match="--overwrite_output_dir"):
         run(world, out)
     with monkeypatch.context() as patch:
-        patch.setattr("lorafuse_train.loop.loss_sum", lambda *_: torch.full((), float("nan"), requires_grad=True))
+        patch.setattr("lorafuse_train.steps.loop.loss_sum", lambda *_: torch.full((), float("nan"), requires_grad=True))
         with pytest.raises(LorafuseError, match="step 1: the loss is nan"):
             run(world, out, "--overwrite_output_dir")
     assert (out / FILE_NAME).read_bytes() == before
@@ -84,7 +84,7 @@ def test_a_loss_that_is_no_number_names_the_pictures_and_the_last_good_checkpoin
 
     latents = Encodings.latents
     monkeypatch.setattr(Encodings, "latents", noted)
-    monkeypatch.setattr("lorafuse_train.loop.loss_sum", spoilt)
+    monkeypatch.setattr("lorafuse_train.steps.loop.loss_sum", spoilt)
     options: dict[str, Any] = {"train_batch_size": 1, "checkpointing_steps": 1, "gradient_accumulation_steps": 2}
     with pytest.raises(LorafuseError) as caught:
         run(world, tmp_path / "out", **options)
@@ -113,7 +113,7 @@ def test_a_lora_that_loads_differently_is_an_error(
         found = lora_header(*origin)
         return {**found, "lora_adapter_metadata": found["lora_adapter_metadata"].replace('alpha": 4', 'alpha": 2')}
 
-    monkeypatch.setattr("lorafuse_train.resume.lora_header", other)
+    monkeypatch.setattr("lorafuse_train.steps.resume.lora_header", other)
     with pytest.raises(LorafuseError, match="something else than it did in training"):
         run(world, tmp_path / "out")
     assert not (tmp_path / "out" / FILE_NAME).exists()
@@ -130,7 +130,7 @@ def test_ctrl_c_leaves_no_half_written_file(
             raise KeyboardInterrupt
         return loss_sum(*tensors)
 
-    monkeypatch.setattr("lorafuse_train.loop.loss_sum", interrupt)
+    monkeypatch.setattr("lorafuse_train.steps.loop.loss_sum", interrupt)
     arguments = ["--max_train_steps", "9", "--checkpointing_steps", "2", "--allow_unfused_base"]
     for name, folder in (("fused_model", world / "base"), ("dataset_base_path", world / "data")):
         arguments += [f"--{name}", str(folder)]

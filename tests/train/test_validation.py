@@ -13,9 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from train.runs import run, save_world
 
 import lorafuse_fuse.cli
-from lorafuse_train.adapter import FILE_NAME
-from lorafuse_train.health import read_health
-from lorafuse_train.log import VALIDATED
+from lorafuse_train.lora.adapter import FILE_NAME
+from lorafuse_train.samples.health import read_health
+from lorafuse_train.steps.log import VALIDATED
 
 
 @pytest.fixture(scope="module")

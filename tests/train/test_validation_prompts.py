@@ -9,13 +9,13 @@ import pytest
 from PIL import Image
 
 from lorafuse_common.errors import ConfigError
-from lorafuse_train.config import TrainConfig
-from lorafuse_train.data import Control, Prompt, Sample
-from lorafuse_train.drawn_prompts import choose_shape, plan_prompts, unrelated
-from lorafuse_train.pictures import ControlRule, Geometry
-from lorafuse_train.prompts import EDITS, MOVING, STILL, measured, preserved, unrelated_prompts
+from lorafuse_train.dataset.data import Control, Prompt, Sample
+from lorafuse_train.dataset.pictures import ControlRule, Geometry
+from lorafuse_train.options.config import TrainConfig
 from lorafuse_train.recipes.qwen_image import QwenImage
-from lorafuse_train.validation_prompts import ValidationPrompt, read_prompts
+from lorafuse_train.samples.drawn_prompts import choose_shape, plan_prompts, unrelated
+from lorafuse_train.samples.prompts import EDITS, MOVING, STILL, measured, preserved, unrelated_prompts
+from lorafuse_train.samples.validation_prompts import ValidationPrompt, read_prompts
 
 TEXTS = Geometry(multiple=8, max_pixels=1 << 20, fixed=None)
 

@@ -16,12 +16,12 @@ from PIL import Image
 from train import tiny_wan
 
 from lorafuse_common.errors import ConfigError, DatasetError
-from lorafuse_train.config import TrainConfig
-from lorafuse_train.data import Sample, read_dataset
-from lorafuse_train.film import write_film
-from lorafuse_train.options import resolve_config
-from lorafuse_train.pictures import Geometry, to_pixels
-from lorafuse_train.video import Clip, Timing, frame_paths, probe_video, read_frames, video_pixels, video_sha256
+from lorafuse_train.dataset.data import Sample, read_dataset
+from lorafuse_train.dataset.pictures import Geometry, to_pixels
+from lorafuse_train.dataset.video import Clip, Timing, frame_paths, probe_video, read_frames, video_pixels, video_sha256
+from lorafuse_train.options.config import TrainConfig
+from lorafuse_train.options.options import resolve_config
+from lorafuse_train.samples.film import write_film
 
 GEOMETRY = Geometry(16, 64 * 64, None, frame_step=4)
 

@@ -15,14 +15,14 @@ from train.recipe_checks import CPU, gap_to_neighbours, losses_on_one_latent, no
 
 from lorafuse_common.errors import CheckpointError
 from lorafuse_common.families.wan import WAN
+from lorafuse_train.dataset.pictures import to_pixels
 from lorafuse_train.experts import Experts
-from lorafuse_train.pictures import to_pixels
+from lorafuse_train.lora.targets import meta_model, resolve_targets
 from lorafuse_train.precision import Precision
 from lorafuse_train.recipes import recipe_for
 from lorafuse_train.recipes.recipe import ControlPicture, Encoded, Guidance, Recipe
 from lorafuse_train.recipes.wan import LONGEST_PROMPT, Wan, WanImage
-from lorafuse_train.sample import Column, Schedule, draw_row
-from lorafuse_train.targets import meta_model, resolve_targets
+from lorafuse_train.samples.sample import Column, Schedule, draw_row
 
 CAPTIONS = ("a red star", "ink sketch of a blue circle on a navy background")
 SHAPE = (9, 32, 48)

@@ -20,14 +20,14 @@ from train.runs import run, step_rows
 import lorafuse_fuse.cli
 from lorafuse_common.errors import CheckpointError, DatasetError
 from lorafuse_common.tensorfile import read_header
-from lorafuse_train.adapter import FILE_NAME
 from lorafuse_train.base import open_base
+from lorafuse_train.dataset.order import seed_for
+from lorafuse_train.dataset.pictures import to_pixels
+from lorafuse_train.dataset.video import read_frames
 from lorafuse_train.experts import Expert, both, find_expert, is_above
-from lorafuse_train.options import resolve_config
-from lorafuse_train.order import seed_for
-from lorafuse_train.pictures import to_pixels
-from lorafuse_train.timesteps import choose_levels
-from lorafuse_train.video import read_frames
+from lorafuse_train.lora.adapter import FILE_NAME
+from lorafuse_train.options.options import resolve_config
+from lorafuse_train.steps.timesteps import choose_levels
 
 SCHEDULE = "1,0.9375,0.8333,0.625"
 """lightx2v's four steps: on both sides of A14B's boundary."""

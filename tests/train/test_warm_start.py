@@ -17,11 +17,11 @@ from train.test_adapter import predict
 
 from lorafuse_common.errors import ConfigError
 from lorafuse_common.hashing import sha256_of
-from lorafuse_train.adapter import FILE_NAME, attach
 from lorafuse_train.base import open_base
-from lorafuse_train.options import resolve_config
-from lorafuse_train.targets import meta_model, resolve_targets
-from lorafuse_train.warm_start import Start, read_start, start_from
+from lorafuse_train.lora.adapter import FILE_NAME, attach
+from lorafuse_train.lora.targets import meta_model, resolve_targets
+from lorafuse_train.lora.warm_start import Start, read_start, start_from
+from lorafuse_train.options.options import resolve_config
 
 MODULES = tuple(f"transformer_blocks.{block}.attn.{name}" for block in (0, 1) for name in ("to_q", "to_v"))
 

@@ -14,10 +14,10 @@ from train.recipe_checks import CPU, check_run, gap_to_neighbours, losses_on_one
 from train.runs import run, save_world
 
 from lorafuse_common.families.z_image import Z_IMAGE
+from lorafuse_train.lora.targets import resolve_targets
 from lorafuse_train.precision import Precision
 from lorafuse_train.recipes.z_image import ZImage
-from lorafuse_train.sample import Schedule, denoise
-from lorafuse_train.targets import resolve_targets
+from lorafuse_train.samples.sample import Schedule, denoise
 
 CAPTION = "a red star"
 LONGER = "ink sketch of a blue circle and a green square on a navy background, " * 3

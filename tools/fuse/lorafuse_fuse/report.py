@@ -46,7 +46,9 @@ def describe_problems(plan: FusePlan, problems: Sequence[Problem]) -> str:
             lines += _describe_kind(kind, [problem for problem in ours if problem.kind is kind])
     kinds = sorted({problem.kind.value for problem in problems} - {ProblemKind.NOT_A_LORA.value})
     if kinds:
-        lines.append(f"to let a kind pass (what does not fit is then left out): {' '.join(f'--allow {kind}' for kind in kinds)}")
+        lines.append(
+            f"to let a kind pass (what does not fit is then left out): {' '.join(f'--allow {kind}' for kind in kinds)}"
+        )
     return "\n".join(lines)
 
 

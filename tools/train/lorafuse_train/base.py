@@ -26,13 +26,12 @@ from lorafuse_common.manifest import (
 )
 from lorafuse_common.naming import Family
 from lorafuse_common.tensorfile import TensorFile
-
-from .config import TrainConfig
-from .experts import Expert, find_expert
-from .weights import stored_dtype
+from lorafuse_train.experts import Expert, find_expert
+from lorafuse_train.options.config import TrainConfig
+from lorafuse_train.weights import stored_dtype
 
 if TYPE_CHECKING:
-    from .recipes.recipe import Recipe
+    from lorafuse_train.recipes.recipe import Recipe
 
 DTYPES: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PARTS = ("vae", "scheduler")

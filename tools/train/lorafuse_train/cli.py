@@ -11,11 +11,10 @@ from typing import Annotated, Any
 import typer
 
 from lorafuse_common.errors import LorafuseError
-
-from .console import only_errors
-from .option import Option
-from .options import OPTIONS, resolve_config
-from .sample_options import SAMPLE_OPTIONS, resolve_sample
+from lorafuse_train.console import only_errors
+from lorafuse_train.options.option import Option
+from lorafuse_train.options.options import OPTIONS, resolve_config
+from lorafuse_train.samples.sample_options import SAMPLE_OPTIONS, resolve_sample
 
 NOT_REQUIRED: Mapping[str, tuple[str, ...]] = {
     "check": ("fused_model", "output_path"),
@@ -87,7 +86,7 @@ def train(**given: Any) -> None:
     """
     config = resolve_config(given)
     with only_errors():  # transformers warns of classes for which it would like torchvision
-        from .train import Stopped, run  # imports torch and diffusers, which `--help` should not wait for
+        from lorafuse_train.train import Stopped, run  # imports torch and diffusers, which `--help` should not wait for
 
     try:
         run(config)
@@ -108,7 +107,7 @@ def show_timesteps(**given: Any) -> None:
     """
     config = resolve_config(given)
     with only_errors():
-        from .histogram import show_timesteps as show
+        from lorafuse_train.steps.histogram import show_timesteps as show
 
     show(config)
 
@@ -122,7 +121,7 @@ def check(**given: Any) -> None:
     Ends with status 1 where there are faults.
     """
     config = resolve_config(given, NOT_REQUIRED["check"])
-    from .check import run_check
+    from lorafuse_train.dataset.check import run_check
 
     run_check(config)
 
@@ -136,7 +135,7 @@ def cache(**given: Any) -> None:
     """
     config = resolve_config(given, NOT_REQUIRED["cache"])
     with only_errors():
-        from .cache_command import run_cache
+        from lorafuse_train.encoding.cache_command import run_cache
 
     try:
         run_cache(config)
@@ -154,7 +153,7 @@ def sample(**given: Any) -> None:
     """
     config = resolve_sample(given)
     with only_errors():
-        from .sample_command import run_sample
+        from lorafuse_train.samples.sample_command import run_sample
 
     run_sample(config)
 
@@ -168,7 +167,7 @@ def make_dedistill(**given: Any) -> None:
     Takes the options of a training but the data set's. The pictures stay in --output_path.
     """
     with only_errors():
-        from .dedistill import make_dedistill as make
+        from lorafuse_train.few_step.dedistill import make_dedistill as make
 
     make(given)
 

@@ -12,16 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from lorafuse_common.errors import ConfigError
-
-from .adapter import attach, dropout, spare_casts
-from .config import TrainConfig
-from .data import Sample
-from .encode import Encodings
-from .optimizers import SIDE, build_optimizer
-from .plan import Plan
-from .precision import Precision
-from .ranks import trainable
-from .targets import meta_model
+from lorafuse_train.dataset.data import Sample
+from lorafuse_train.encoding.encode import Encodings
+from lorafuse_train.lora.adapter import attach, dropout, spare_casts
+from lorafuse_train.lora.ranks import trainable
+from lorafuse_train.lora.targets import meta_model
+from lorafuse_train.options.config import TrainConfig
+from lorafuse_train.plan import Plan
+from lorafuse_train.precision import Precision
+from lorafuse_train.steps.optimizers import SIDE, build_optimizer
 
 GIB = 2**30
 PASSING = 0.5

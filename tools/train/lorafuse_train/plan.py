@@ -11,34 +11,33 @@ import torch
 from torch import nn
 
 from lorafuse_common.errors import OutputError
-
-from .adapter import FILE_NAME
-from .base import Base, check_parts, open_base
-from .base_match import require_same_base
-from .check_text import describe_in_short
-from .config import TrainConfig
-from .console import say
-from .data import Prompt, Sample, read_dataset
-from .drawn_prompts import DrawnPrompt, plan_prompts, unrelated
-from .export import plan_exports
-from .held_out import Split, hold_out
-from .masks import Grid, Masks, read_masks
-from .metadata import require_trigger
-from .objective_base import Objective, plan_objective
-from .optimizers import build_optimizer
-from .options import NOWHERE
-from .order import Order
-from .pictures import geometry
-from .preserve import Preserving, plan_preserving
-from .push import check_hub
-from .recipes import recipe_for
-from .recipes.recipe import Recipe, Shape, latent_shape
-from .state import choose_checkpoint
-from .summary import describe_base, describe_dataset, describe_targets
-from .targets import Targets, meta_model, resolve_targets
-from .timesteps import NoiseLevels, choose_levels, require_density
-from .trackers import check_trackers
-from .warm_start import Start, read_start
+from lorafuse_train.base import Base, check_parts, open_base
+from lorafuse_train.console import say
+from lorafuse_train.dataset.check_text import describe_in_short
+from lorafuse_train.dataset.data import Prompt, Sample, read_dataset
+from lorafuse_train.dataset.masks import Grid, Masks, read_masks
+from lorafuse_train.dataset.order import Order
+from lorafuse_train.dataset.pictures import geometry
+from lorafuse_train.few_step.objective_base import Objective, plan_objective
+from lorafuse_train.few_step.preserve import Preserving, plan_preserving
+from lorafuse_train.lora.adapter import FILE_NAME
+from lorafuse_train.lora.base_match import require_same_base
+from lorafuse_train.lora.export import plan_exports
+from lorafuse_train.lora.metadata import require_trigger
+from lorafuse_train.lora.push import check_hub
+from lorafuse_train.lora.targets import Targets, meta_model, resolve_targets
+from lorafuse_train.lora.warm_start import Start, read_start
+from lorafuse_train.options.config import TrainConfig
+from lorafuse_train.options.options import NOWHERE
+from lorafuse_train.recipes import recipe_for
+from lorafuse_train.recipes.recipe import Recipe, Shape, latent_shape
+from lorafuse_train.samples.drawn_prompts import DrawnPrompt, plan_prompts, unrelated
+from lorafuse_train.samples.held_out import Split, hold_out
+from lorafuse_train.steps.optimizers import build_optimizer
+from lorafuse_train.steps.state import choose_checkpoint
+from lorafuse_train.steps.timesteps import NoiseLevels, choose_levels, require_density
+from lorafuse_train.steps.trackers import check_trackers
+from lorafuse_train.summary import describe_base, describe_dataset, describe_targets
 
 
 @dataclass(frozen=True, slots=True)

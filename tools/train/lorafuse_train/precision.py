@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .config import TrainConfig
+from lorafuse_train.options.config import TrainConfig
 
 
 @dataclass(frozen=True, slots=True)

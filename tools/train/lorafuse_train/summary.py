@@ -7,20 +7,20 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from .adapter import FILE_NAME
-from .base import Base, absent_parts, fused_loras
-from .config import TrainConfig
-from .data import Sample
-from .lora_file import load_arguments
-from .ranks import module_strengths, trainable
-from .recipes.recipe import Recipe
-from .sample import Schedule
-from .targets import Targets
-from .video_usage import fixed_sigmas, pipeline_class, takes_sigmas, video_lines
+from lorafuse_train.base import Base, absent_parts, fused_loras
+from lorafuse_train.dataset.data import Sample
+from lorafuse_train.dataset.video_usage import fixed_sigmas, pipeline_class, takes_sigmas, video_lines
+from lorafuse_train.lora.adapter import FILE_NAME
+from lorafuse_train.lora.lora_file import load_arguments
+from lorafuse_train.lora.ranks import module_strengths, trainable
+from lorafuse_train.lora.targets import Targets
+from lorafuse_train.options.config import TrainConfig
+from lorafuse_train.recipes.recipe import Recipe
+from lorafuse_train.samples.sample import Schedule
 
 if TYPE_CHECKING:
-    from .loop import Training  # these two print the texts below
-    from .plan import Plan
+    from lorafuse_train.plan import Plan
+    from lorafuse_train.steps.loop import Training  # these two print the texts below
 
 
 def describe_base(base: Base) -> str:

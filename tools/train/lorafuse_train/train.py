@@ -12,34 +12,33 @@ import torch
 from accelerate import Accelerator
 
 from lorafuse_common.errors import LorafuseError
-
-from .adapter import attach, spare_casts
-from .atomic import write_atomically
-from .base import load_transformer, original_transformer
-from .config import TrainConfig
-from .console import quiet_libraries, say
-from .data import Prompt
-from .drawn_prompts import choose_size
-from .ema import averaged
-from .encode import Encodings, fill_cache, free, open_cache
-from .few_step import prepare, prompts_to_encode
-from .finish import present, save_result, upload
-from .gallery import Gallery
-from .launch import make_accelerator
-from .log import Log, open_log
-from .loop import Training, fit
-from .memory import describe_memory, estimate_memory, least_memory, require_memory
-from .optimizers import check_optimizer
-from .options import dump_config
-from .original_rows import original_on_host
-from .plan import Plan, make_order, plan_training
-from .precision import choose_precision
-from .resume import resumed, save
-from .signals import StopRequest, follow_launcher, stop_requests
-from .state import LoopState, checkpoints
-from .summary import describe_end, describe_run
-from .validation import PLOT_NAME, Validation, is_due, prepare_gallery, prompts_to_draw
-from .warm_start import start_from
+from lorafuse_train.atomic import write_atomically
+from lorafuse_train.base import load_transformer, original_transformer
+from lorafuse_train.console import quiet_libraries, say
+from lorafuse_train.dataset.data import Prompt
+from lorafuse_train.encoding.encode import Encodings, fill_cache, free, open_cache
+from lorafuse_train.few_step.prepare import prepare, prompts_to_encode
+from lorafuse_train.launch import make_accelerator
+from lorafuse_train.lora.adapter import attach, spare_casts
+from lorafuse_train.lora.finish import present, save_result, upload
+from lorafuse_train.lora.warm_start import start_from
+from lorafuse_train.memory import describe_memory, estimate_memory, least_memory, require_memory
+from lorafuse_train.options.config import TrainConfig
+from lorafuse_train.options.options import dump_config
+from lorafuse_train.plan import Plan, make_order, plan_training
+from lorafuse_train.precision import choose_precision
+from lorafuse_train.samples.drawn_prompts import choose_size
+from lorafuse_train.samples.gallery import Gallery
+from lorafuse_train.samples.original_rows import original_on_host
+from lorafuse_train.samples.validation import PLOT_NAME, Validation, is_due, prepare_gallery, prompts_to_draw
+from lorafuse_train.signals import StopRequest, follow_launcher, stop_requests
+from lorafuse_train.steps.ema import averaged
+from lorafuse_train.steps.log import Log, open_log
+from lorafuse_train.steps.loop import Training, fit
+from lorafuse_train.steps.optimizers import check_optimizer
+from lorafuse_train.steps.resume import resumed, save
+from lorafuse_train.steps.state import LoopState, checkpoints
+from lorafuse_train.summary import describe_end, describe_run
 
 SPARING = (
     "Try --use_gradient_checkpointing, --train_batch_size 1 with --gradient_accumulation_steps, or less --max_pixels."

@@ -13,7 +13,7 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, retri
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from lorafuse_train.pictures import to_pixels
+from lorafuse_train.dataset.pictures import to_pixels
 from lorafuse_train.weights import stored_dtype
 
 from .control_latents import MANY, PIPELINES_AREA, control_latents, named_controls, stacked_controls

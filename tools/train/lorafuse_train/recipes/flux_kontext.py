@@ -9,7 +9,7 @@ from typing import Any
 
 from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
 
-from lorafuse_train.pictures import stretched
+from lorafuse_train.dataset.pictures import stretched
 
 from .control_latents import PIPELINES_AREA, named_controls
 from .flux import Flux

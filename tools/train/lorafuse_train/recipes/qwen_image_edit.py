@@ -13,7 +13,7 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import CONDITION
 from PIL import Image
 from transformers import Qwen2VLProcessor
 
-from lorafuse_train.pictures import stretched
+from lorafuse_train.dataset.pictures import stretched
 from lorafuse_train.weights import stored_dtype
 
 from .control_latents import MANY, PIPELINES_AREA, named_controls

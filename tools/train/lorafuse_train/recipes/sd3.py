@@ -11,7 +11,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 
 from lorafuse_train.base import absent_parts
-from lorafuse_train.targets import meta_model
+from lorafuse_train.lora.targets import meta_model
 from lorafuse_train.weights import stored_dtype
 
 from .kl import EulerShift, KlLatents, visited

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
-from lorafuse_train.pictures import to_pixels
+from lorafuse_train.dataset.pictures import to_pixels
 
 from .recipe import ControlPicture, Latent, Size, TextOnly
 

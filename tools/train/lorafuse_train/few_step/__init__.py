@@ -1,0 +1,1 @@
+"""What keeps the few-step ability of a fused base."""

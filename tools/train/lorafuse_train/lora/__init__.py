@@ -1,0 +1,1 @@
+"""The new LoRA: attached to the frozen base, written, proven to load, described."""
