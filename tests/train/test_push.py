@@ -48,14 +48,14 @@ def test_what_belongs_to_the_lora_is_pushed_and_nothing_else(
     )  # fmt: skip
     pushed = hub.repos["somebody/my-lora"]
     assert sorted(pushed) == [
-        "README.md", "images/0.png", "peft/adapter_config.json", "peft/adapter_model.safetensors", FILE_NAME,
-        "samples.png",
+        "README.md", "health.png", "images/0.png", "peft/adapter_config.json", "peft/adapter_model.safetensors",
+        FILE_NAME, "samples.png",
     ]  # fmt: skip
     for name, content in pushed.items():
         assert (out / name).read_bytes() == content
     assert hub.private == {"somebody/my-lora"}
     assert 'pipe.load_lora_weights("somebody/my-lora"' in pushed["README.md"].decode()
-    assert "pushed 6 files to" in capsys.readouterr().out
+    assert "pushed 7 files to" in capsys.readouterr().out
 
 
 def test_a_push_that_fails_loses_nothing(world: Path, tmp_path: Path, hub: UploadHub) -> None:

@@ -29,8 +29,9 @@ from lorafuse_train.plan import Plan, make_order, plan_training
 from lorafuse_train.precision import choose_precision
 from lorafuse_train.samples.drawn_prompts import choose_size
 from lorafuse_train.samples.gallery import Gallery
+from lorafuse_train.samples.health import PLOT_NAME
 from lorafuse_train.samples.original_rows import original_on_host
-from lorafuse_train.samples.validation import PLOT_NAME, Validation, is_due, prepare_gallery, prompts_to_draw
+from lorafuse_train.samples.validation import Validation, is_due, prepare_gallery, prompts_to_draw
 from lorafuse_train.signals import StopRequest, follow_launcher, stop_requests
 from lorafuse_train.steps.ema import averaged
 from lorafuse_train.steps.log import Log, open_log

@@ -28,7 +28,7 @@ from lorafuse_train.options.config import TrainConfig
 from lorafuse_train.options.config_output import COMFYUI, PEFT
 from lorafuse_train.options.entry import OUTPUT, RESULT
 from lorafuse_train.options.options import OPTIONS, plain_value
-from lorafuse_train.samples.health import describe, read_health
+from lorafuse_train.samples.health import PLOT_NAME, describe, read_health
 from lorafuse_train.samples.sample import Schedule
 from lorafuse_train.steps.log import JSONL
 from lorafuse_train.summary import Places, usage
@@ -248,7 +248,8 @@ def _health(out: Path) -> str:
         return ""
     rows = [(str(h.step), f"{h.agreement:.3f}", f"{h.sharpness:.3f}") for h in found]
     words = plain(describe(found[-1]))
-    return f"## Few-step health\n\n{table(('step', 'agreement', 'sharpness'), rows)}\n\n{words}"
+    plot = f"\n\n![the same as curves]({PLOT_NAME})" if (out / PLOT_NAME).is_file() else ""
+    return f"## Few-step health\n\n{table(('step', 'agreement', 'sharpness'), rows)}\n\n{words}{plot}"
 
 
 def _files(config: TrainConfig) -> str:

@@ -22,6 +22,7 @@ from lorafuse_train.lora.push import push
 from lorafuse_train.options.config import TrainConfig
 from lorafuse_train.options.config_output import PEFT
 from lorafuse_train.samples.gallery import Gallery
+from lorafuse_train.samples.health import PLOT_NAME
 from lorafuse_train.steps.loop import Training
 from lorafuse_train.steps.resume import header
 
@@ -109,4 +110,4 @@ def result_files(config: TrainConfig) -> list[str]:
     """What belongs to the LoRA, within the output folder, besides the pictures of its prompts."""
     names = [FILE_NAME, *(PLACES[name] for name in config.dialects[1:])]
     names += [f"peft/{ADAPTER_CONFIG}"] if PEFT in config.dialects else []
-    return [*names, CARD, SHEET]
+    return [*names, CARD, SHEET, *([PLOT_NAME] if (config.output_path / PLOT_NAME).is_file() else [])]

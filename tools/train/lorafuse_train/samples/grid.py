@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from .lettering import Font, drawable, load_font, wrapped
 
 SMALLEST, LARGEST = 128, 512
 """Cells are scaled into this range: toy pictures become visible, large ones keep the sheet a handy file."""
@@ -24,12 +25,18 @@ class LabelledRow:
 
 
 def draw_grid(captions: Sequence[str], rows: Sequence[LabelledRow]) -> Image.Image:
-    """The sheet; every row has as many pictures as there are captions, and those of a column have one size."""
+    """The sheet; every row has as many pictures as there are captions, and those of a column have one size.
+
+    A caption in a script that the font has no letters of is replaced by its number.
+    """
     cells = [[_scaled(picture) for picture in row.pictures] for row in rows]
     widths = [max(row[column].width for row in cells) for column in range(len(captions))]
     heights = [max(picture.height for picture in row) for row in cells]
-    font = ImageFont.load_default(size=max(14, max(widths) // 18))
-    heads = [_wrapped(caption, font, width, lines=4) for caption, width in zip(captions, widths, strict=True)]
+    font = load_font(max(14, max(widths) // 18))
+    heads = [
+        _head(number, caption, font, width)
+        for number, (caption, width) in enumerate(zip(captions, widths, strict=True), 1)
+    ]
     labels = [row.label for row in rows]
     pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     left = GAP + max(int(pen.multiline_textbbox((0, 0), label, font=font)[2]) for label in labels) + GAP
@@ -58,7 +65,6 @@ def _scaled(picture: Image.Image) -> Image.Image:
     return picture
 
 
-def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, lines: int) -> str:
-    """`text` in at most `lines` lines of about `width` pixels."""
-    letters = max(8, int(width / max(font.getlength("n"), 1)))
-    return "\n".join(textwrap.wrap(" ".join(text.split()), letters, max_lines=lines, placeholder="...")) or " "
+def _head(number: int, caption: str, font: Font, width: int) -> str:
+    shown = drawable(caption, font)
+    return wrapped(f"prompt {number}" if shown is None else shown, font, width, lines=4)

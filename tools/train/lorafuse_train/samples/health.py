@@ -36,6 +36,7 @@ from lorafuse_train.samples.sample import TOKENS_AT_ONCE, Schedule, Told, starti
 from lorafuse_train.steps.log import JSONL
 
 AGREEMENT, SHARPNESS = "health_agreement", "health_sharpness"
+PLOT_NAME = "health.png"
 LEAST_AGREEMENT = 0.7
 LEAST_SHARPNESS, MOST_SHARPNESS = 0.75, 1.33
 CUTOFF = 0.25

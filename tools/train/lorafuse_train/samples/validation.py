@@ -19,6 +19,7 @@ from lorafuse_train.samples.film import USUAL_RATE
 from lorafuse_train.samples.gallery import Drawn, Gallery, choose_schedules, prepare_columns
 from lorafuse_train.samples.health import (
     AGREEMENT,
+    PLOT_NAME,
     SHARPNESS,
     Agreement,
     Health,
@@ -31,8 +32,6 @@ from lorafuse_train.samples.health_plot import draw_health
 from lorafuse_train.samples.held_out import held_out_loss
 from lorafuse_train.steps.log import Log
 from lorafuse_train.steps.loop import Training
-
-PLOT_NAME = "health.png"
 
 
 def prompts_to_draw(plan: Plan) -> list[Prompt]:
