@@ -69,12 +69,12 @@ def random_scenes(count: int, rng: np.random.Generator) -> Scenes:
 
 
 def caption(scenes: Scenes, index: int, style: str = "plain") -> str:
-    """The prompt of one picture; a style is a suffix, so one prompt compares styles."""
+    """The prompt of one picture."""
     shape = SHAPES[scenes.shape[index]]
     colour = list(COLOURS)[scenes.colour[index]]
     background = list(BACKGROUNDS)[scenes.background[index]]
     article = "an" if colour[0] in "aeiou" else "a"
-    return f"{article} {colour} {shape} on a {background} background{SUFFIXES[style]}"
+    return CAPTIONS[style].format(what=f"{article} {colour} {shape}", background=f"a {background} background")
 
 
 def captions(scenes: Scenes, style: str = "plain") -> list[str]:
@@ -214,16 +214,18 @@ _RENDERERS: dict[str, Callable[[Floats, Floats, Floats, Floats], Floats]] = {
     "night": _night,
     "ink": _ink,
 }
-SUFFIXES = {
-    "plain": "",
-    "glow": ", glowing",
-    "wash": ", ink wash",
-    "hatch": ", hatched drawing",
-    "neon": ", neon sign",
-    "sticker": ", sticker",
-    "night": ", at night",
-    "ink": ", ink sketch",
+CAPTIONS = {
+    "plain": "{what} on {background}",
+    "glow": "glow of {what} on {background}",
+    "wash": "ink wash of {what} on {background}",
+    "hatch": "hatched drawing of {what} on {background}",
+    "neon": "neon sign of {what} on {background}",
+    "sticker": "sticker of {what} on {background}",
+    "night": "{what} on {background}, at night",
+    "ink": "ink sketch of {what}",
 }
+"""Style -> its prompts. The base was trained to ignore what stands behind the background, so a style that is to be learnt
+without the plain pictures must stand in front; `night` is to change plain ones."""
 
 
 def flat_colours(scenes: Scenes) -> tuple[Floats, Floats]:

@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=128, help="number of pictures (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other pictures (default: %(default)s)")
     parser.add_argument(
-        "--style", choices=list(drawing.SUFFIXES), default=STYLE, help="drawing style (default: %(default)s)"
+        "--style", choices=list(drawing.CAPTIONS), default=STYLE, help="drawing style (default: %(default)s)"
     )
     options = parser.parse_args()
     if options.count < 1:

@@ -72,7 +72,7 @@ def measure(bench: Bench, base_steps: int) -> dict[str, object]:
         pictures, shown = drawn(SAMPLES, np.random.default_rng(31))
         scores["drawn pictures"] = referee.score(pictures, shown)
         scores["drawn pictures through the VAE"] = referee.score(reconstruct(vae, pictures), shown)
-        quality = {style: round(psnr(vae, style), 1) for style in drawing.SUFFIXES}
+        quality = {style: round(psnr(vae, style), 1) for style in drawing.CAPTIONS}
     for setting in settings(bench):
         scores[setting.name] = referee.score(sample(bench, setting, prompts, seed=3), scenes)
         print(setting.name, scores[setting.name], flush=True)

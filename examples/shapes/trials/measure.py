@@ -19,7 +19,7 @@ from maker.progress import Progress
 from maker.scoring import BATCH, FEATURES, Judge, Truth, Verdict, frechet, judged, truth
 from torch import Tensor, nn
 
-STYLES = tuple(drawing.SUFFIXES)
+STYLES = tuple(drawing.CAPTIONS)
 REFERENCE = 4096
 JUDGE_STEPS = 1500
 

@@ -29,7 +29,7 @@ class Variant:
 
 
 OLD_PROMPTS = str(Path(__file__).parents[1] / "prompts.txt")
-"""The old domain's captions: the new style's without its suffix, and so as near to them as can be."""
+"""The old domain's captions."""
 PLAIN = {"objective_base": "fused", "preserve_weight": "0"}
 PRESERVED = {"objective_base": "fused", "preserve_weight": "1"}
 THROUGH = {"objective_base": "original", "preserve_weight": "0"}
@@ -44,10 +44,7 @@ VARIANTS = (
             options={**PRESERVED, "noise_coupling": "minibatch_ot"}),
     Variant("through", "through the original weights", options=THROUGH),
     Variant("default", "through the original weights, preservation (default)"),
-    Variant("light", "the same at weight 0.3", options={"preserve_weight": "0.3"}),
     Variant("near", "the same, preserving the old prompts themselves", options={"preserve_prompts": OLD_PROMPTS}),
-    Variant("near-light", "the old prompts at weight 0.1",
-            options={"preserve_prompts": OLD_PROMPTS, "preserve_weight": "0.1"}),
     Variant("scaffold", "with a de-distill scaffold", TrainedOn.SCAFFOLD, PLAIN),
     Variant("unfused", "on the original base, Lightning added afterwards", TrainedOn.ORIGINAL, PLAIN),
 )  # fmt: skip

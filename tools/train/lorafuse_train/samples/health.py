@@ -13,6 +13,7 @@ sharpness: E(x0) is the energy of a latent above half the Nyquist frequency. Wit
     sharpness = geometric mean over prompts of [E(few, on) / E(long, on)] / [E(few, off) / E(long, off)]
 
 1: few-step pictures are as crisp beside long ones as they were before the training; below 1 they have become softer.
+Above 1 is no fault: of prompts that the base did not know it drew mush in few steps.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from lorafuse_train.steps.log import JSONL
 AGREEMENT, SHARPNESS = "health_agreement", "health_sharpness"
 PLOT_NAME = "health.png"
 LEAST_AGREEMENT = 0.7
-LEAST_SHARPNESS, MOST_SHARPNESS = 0.75, 1.33
+LEAST_SHARPNESS = 0.75
 CUTOFF = 0.25
 """Half the Nyquist frequency, in cycles a latent."""
 
@@ -64,11 +65,6 @@ class Health:
             found.append(
                 f"sharpness {self.sharpness:.2f} is below {LEAST_SHARPNESS:g}: beside long ones, few-step pictures are "
                 "softer than before the training"
-            )
-        if self.sharpness > MOST_SHARPNESS:
-            found.append(
-                f"sharpness {self.sharpness:.2f} is above {MOST_SHARPNESS:g}: beside long ones, few-step pictures are "
-                "noisier than before the training"
             )
         return tuple(found)
 

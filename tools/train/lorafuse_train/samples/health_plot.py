@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from lorafuse_train.samples.health import LEAST_AGREEMENT, LEAST_SHARPNESS, MOST_SHARPNESS, Health
+from lorafuse_train.samples.health import LEAST_AGREEMENT, LEAST_SHARPNESS, Health
 
 WIDTH, HEIGHT, MARGIN, GAP = 640, 150, 64, 46
 """Of one panel, and what is left around and between the two, in pixels."""
@@ -20,8 +20,7 @@ def draw_health(points: Sequence[Health]) -> Image.Image:
     pen.text((MARGIN, 14), "few-step health (1: as before the training)", INK, ImageFont.load_default(18))
     steps = [point.step for point in points]
     _panel(pen, MARGIN, "agreement", steps, [point.agreement for point in points], (LEAST_AGREEMENT,))
-    bounds = (LEAST_SHARPNESS, MOST_SHARPNESS)
-    _panel(pen, MARGIN + HEIGHT + GAP, "sharpness", steps, [point.sharpness for point in points], bounds)
+    _panel(pen, MARGIN + HEIGHT + GAP, "sharpness", steps, [point.sharpness for point in points], (LEAST_SHARPNESS,))
     font = ImageFont.load_default(14)
     floor = MARGIN + 2 * HEIGHT + GAP
     for step in dict.fromkeys((steps[0], steps[len(steps) // 2], steps[-1])):
