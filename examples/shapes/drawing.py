@@ -224,8 +224,8 @@ CAPTIONS = {
     "night": "{what} on {background}, at night",
     "ink": "ink sketch of {what}",
 }
-"""Style -> its prompts. The base was trained to ignore what stands behind the background, so a style that is to be learnt
-without the plain pictures must stand in front; `night` is to change plain ones."""
+"""Style -> its prompts. The base was trained to ignore what stands behind the background, so a style that is to be
+learnt without the plain pictures must stand in front; `night` is to change plain ones."""
 
 
 def flat_colours(scenes: Scenes) -> tuple[Floats, Floats]:
