@@ -73,7 +73,7 @@ def write_document(space: Workspace, found: Mapping[str, Mapping[str, Any]], fol
     ]
     draw_plot(points, folder / "few-step-plot.png")
     for domain in ("new", "old"):
-        draw_grid(space, lines, found, domain).save(folder / f"few-step-{domain}.png", optimize=True)
+        draw_grid(space, lines, found, domain).quantize(192).save(folder / f"few-step-{domain}.png", optimize=True)
     text = path.read_text(encoding="utf-8") if path.is_file() else f"# Training on a few-step base\n\n{BEGIN}\n{END}\n"
     before, _, rest = text.partition(BEGIN)
     after = rest.partition(END)[2]
