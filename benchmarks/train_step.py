@@ -83,18 +83,15 @@ def make_transformer(args: argparse.Namespace, device: torch.device) -> Any:
 
 def lorafuse_step(args: argparse.Namespace, model: Any, device: torch.device) -> tuple[Step, list[nn.Parameter]]:
     """As `lorafuse_train.steps.loop` takes one, less the bookkeeping."""
-    from lorafuse_common.families import FAMILIES
     from lorafuse_train.lora.adapter import attach, spare_casts
-    from lorafuse_train.lora.targets import resolve_targets
     from lorafuse_train.options.config import TrainConfig
     from lorafuse_train.recipes.qwen_image import QwenImage
     from lorafuse_train.steps.objective import add_noise, loss_sum
 
-    family = next(family for family in FAMILIES if family.name == "qwen_image")
     config = TrainConfig(
         fused_model=Path("unused"), dataset_base_path=Path("unused"), output_path=Path("unused"), lora_rank=args.rank
     )
-    parameters = list(attach(model, resolve_targets(model, family, config.lora_target_modules), config).values())
+    parameters = list(attach(model, targets_of(model), config).values())
     spare_casts(model)
     recipe = QwenImage()
     x0, embeds = inputs(args)
@@ -118,11 +115,7 @@ def diffusers_step(args: argparse.Namespace, model: Any, device: torch.device) -
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
 
-    from lorafuse_common.families import FAMILIES
-    from lorafuse_train.lora.targets import resolve_targets
-
-    family = next(family for family in FAMILIES if family.name == "qwen_image")
-    modules = list(resolve_targets(model, family, "preset").modules)
+    modules = list(targets_of(model).modules)
     model.add_adapter(
         LoraConfig(r=args.rank, lora_alpha=args.rank, init_lora_weights="gaussian", target_modules=modules)
     )
@@ -153,6 +146,14 @@ def diffusers_step(args: argparse.Namespace, model: Any, device: torch.device) -
         return loss.detach()
 
     return step, parameters
+
+
+def targets_of(model: Any) -> Any:
+    """What a LoRA is attached to where nothing else is asked for."""
+    from lorafuse_common.families.qwen_image import QWEN_IMAGE
+    from lorafuse_train.lora.targets import resolve_targets
+
+    return resolve_targets(model, QWEN_IMAGE, "preset")
 
 
 def inputs(args: argparse.Namespace) -> tuple[Tensor, Tensor]:

@@ -6,14 +6,14 @@
     D_N = (Q_B U_N sqrt(S_N)) (sqrt(S_N) V_N^T Q_A^T),  |D - D_N|^2 = sum_{i > N} s_i^2     (Eckart, Young 1936)
 
 A dense D is projected on the range of (D D^T)^q D X first, for random X of a few columns more than the rank asked for
-(Halko, Martinsson, Tropp 2011, algorithm 4.4); with P the projection onto what is kept, |D - P D|^2 = |D|^2 - |P D|^2.
+(Halko, Martinsson, Tropp 2011, algorithm 4.4); its error is that of D - B A, for |D|^2 - |P D|^2 would cancel in fp32.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -40,13 +40,9 @@ class LowRank:
         return self.down.shape[0]
 
     def dense(self) -> torch.Tensor:
-        """The product, (rows, columns)."""
-        return self.up @ self.down
-
-    def norm(self) -> float:
-        """The Frobenius norm, without the product: `|B A|^2 = <B^T B, A A^T>`."""
-        up, down = self.up.double(), self.down.double()
-        return math.sqrt(max(0.0, float(((up.T @ up) * (down @ down.T)).sum())))
+        """The product, (rows, columns), in fp32 at least."""
+        dtype = torch.promote_types(self.up.dtype, torch.float32)
+        return self.up.to(dtype) @ self.down.to(dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +97,7 @@ def compressed(matrix: LowRank, rank: int, energy: float = 1.0) -> Approximation
 def approximated(dense: torch.Tensor, rank: int, energy: float = 1.0, seed: int = 0) -> Approximation:
     """The same for a dense matrix `(rows, columns)`, in its dtype; larger ones by random projection.
 
-    Its error is exact to rounding whatever the projection found, and the same for the same seed.
+    Its error is exact to fp32's rounding whatever the projection found; the same seed gives the same result.
     """
     total = float(torch.linalg.vector_norm(dense, dtype=torch.float64)) ** 2
     width = rank + OVERSAMPLING
@@ -114,7 +110,9 @@ def approximated(dense: torch.Tensor, rank: int, energy: float = 1.0, seed: int 
     for _ in range(POWER_ITERATIONS):
         q = torch.linalg.qr(dense @ torch.linalg.qr(dense.T @ q).Q).Q
     u, s, vt = torch.linalg.svd((q.T @ dense).double(), full_matrices=False)
-    return _kept(q.double() @ u, s, vt, total, rank, energy)
+    found = _kept(q.double() @ u, s, vt, total, rank, energy)
+    lost = float(torch.linalg.vector_norm(dense - found.matrix.dense(), dtype=torch.float64))
+    return replace(found, error=lost / found.norm if found.norm else 0.0)
 
 
 def _kept(u: torch.Tensor, s: torch.Tensor, vt: torch.Tensor, total: float, rank: int, energy: float) -> Approximation:

@@ -12,10 +12,10 @@ import json
 import re
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
 LARGE_BYTES = 10_000
@@ -190,11 +190,24 @@ def _entry(path: str, data: bytes) -> dict[str, object]:
     return entry
 
 
-@contextmanager
-def serving() -> Iterator[Hub]:
+def serving() -> AbstractContextManager[Hub]:
     """A hub on a free port, stopped at the end."""
-    hub = Hub()
-    handler = type("Handler", (_Handler,), {"hub": hub, "timeout": 10})
+    return answering(Hub(), _Handler)
+
+
+class HasUrl(Protocol):
+    """A hub that is told where it is."""
+
+    url: str
+
+
+AnyHub = TypeVar("AnyHub", bound=HasUrl)
+
+
+@contextmanager
+def answering(hub: AnyHub, answers: type[BaseHTTPRequestHandler]) -> Iterator[AnyHub]:
+    """A hub whose requests that class answers, on a free port, stopped at the end."""
+    handler = type("Handler", (answers,), {"hub": hub, "timeout": 10})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"

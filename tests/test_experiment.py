@@ -14,8 +14,8 @@ from maker.pictures import drawn
 from maker.scoring import frechet
 from trials.document import lines_of, spread
 from trials.measure import Measure, Score, train_style_judge
-from trials.variants import VARIANTS
-from trials.workspace import write_prompts
+from trials.variants import VARIANTS, TrainedOn
+from trials.workspace import Workspace, write_prompts
 
 from lorafuse_train.options.options import resolve_config
 
@@ -71,6 +71,12 @@ def test_seeds_are_summed_up_by_variant() -> None:
     assert lines[2].mean("new few") == 3
     assert spread(lines[2].values("new few", "distance")) == "3.0 ± 1.4"
     assert lines[2].health("agreement") == "0.50"
+
+
+def test_a_scaffold_belongs_to_its_number_of_steps(tmp_path: Path) -> None:
+    one, other = (Workspace(tmp_path, steps, "ink", 8, 1) for steps in (240, 480))
+    assert one.checkpoint(TrainedOn.SCAFFOLD) != other.checkpoint(TrainedOn.SCAFFOLD)
+    assert one.checkpoint(TrainedOn.FUSED) == other.checkpoint(TrainedOn.FUSED)
 
 
 def test_the_prompts_are_the_plain_captions(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from drawing import CAPTIONS
 from trials.variants import VARIANTS, TrainedOn, variant_named
 from trials.workspace import Workspace, write_json
 
@@ -30,7 +31,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--first-seed", type=int, default=1, help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=480, help="of each training (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=256, help="pictures in each score (default: %(default)s)")
-    parser.add_argument("--style", default="ink", help="the new style, one of drawing.py's (default: %(default)s)")
+    parser.add_argument("--style", choices=list(CAPTIONS), default="ink", help="the new one (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at the same time (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="threads of each (default: %(default)s)")
     names = [variant.name for variant in VARIANTS]

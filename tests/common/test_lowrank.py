@@ -25,12 +25,13 @@ def test_a_sum_of_products_of_which_some_change_only_some_rows() -> None:
             wanted[piece.first : piece.first + len(piece.up)] += piece.up.double() @ down.double()
     assert found.rank == 3 + 2 + 4
     assert torch.allclose(found.up.double() @ found.down.double(), wanted, atol=1e-12)
-    assert found.norm() == pytest.approx(float(wanted.norm()), rel=1e-9)
 
 
 def test_the_widest_dtype_wins() -> None:
     half = ([Rows(0, draw(4, 2, dtype=torch.bfloat16))], draw(2, 4, dtype=torch.bfloat16))
-    assert concatenated([half, half], 4).up.dtype is torch.bfloat16
+    pair = concatenated([half, half], 4)
+    assert pair.up.dtype is pair.down.dtype is torch.bfloat16
+    assert torch.allclose(pair.dense().double(), pair.up.double() @ pair.down.double(), atol=1e-5)
     wide = concatenated([half, ([Rows(0, draw(4, 2))], draw(2, 4))], 4)
     assert wide.up.dtype is wide.down.dtype is torch.float32
 
@@ -80,7 +81,7 @@ def test_random_projection_is_within_a_hundredth_of_the_best(noise: float, asked
     error = float((dense.double() - found.matrix.up.double() @ found.matrix.down.double()).norm() / s.norm())
     best = float(s[asked:].norm() / s.norm())
     assert error <= 1.01 * best + 1e-5
-    assert found.error == pytest.approx(error, rel=1e-3, abs=2e-4)
+    assert found.error == pytest.approx(error, rel=1e-3, abs=1e-6)
 
 
 def test_a_slowly_falling_spectrum() -> None:
@@ -108,6 +109,7 @@ def test_the_same_seed_gives_the_same_bytes() -> None:
 
 
 def test_nothing_is_approximated_by_nothing() -> None:
-    found = approximated(torch.zeros(30, 40), 4)
-    assert (found.error, found.norm) == (0.0, 0.0)
-    assert not found.matrix.dense().any()
+    for size in (30, 300):
+        found = approximated(torch.zeros(size, size + 10), 4)
+        assert (found.error, found.norm) == (0.0, 0.0)
+        assert not found.matrix.dense().any()

@@ -299,7 +299,9 @@ def test_norms_and_biases(run: Run, base: Path, tmp_path: Path) -> None:
     found = load_file(out)
     assert torch.equal(found["diffusion_model.transformer_blocks.0.attn.to_q.diff_b"], torch.full((48,), 0.125))
     assert torch.equal(found["diffusion_model.transformer_blocks.0.attn.norm_q.diff"], torch.full((16,), 0.25))
-    succeed(run, "export", new, "--fused", fused, "--out", tmp_path / "s.safetensors", "--vectors", "skip")
+    err = succeed(run, "export", new, "--fused", fused, "--out", tmp_path / "s.safetensors", "--vectors", "skip")
+    assert "left out: 2 tensors that differ and are no matrices (transformer_blocks.0.attn." in err
+    assert f"{len({*MODULES, *OTHERS})} tensors, ranks 3 to 7" in err
     assert all("lora_" in name for name in load_file(tmp_path / "s.safetensors"))
     succeed(run, "export", new, "--fused", fused, "--out", tmp_path / "d.safetensors", "--vectors", "diff")
     again = fuse_one(run, base, tmp_path / "d.safetensors", tmp_path / "again")
@@ -307,6 +309,34 @@ def test_norms_and_biases(run: Run, base: Path, tmp_path: Path) -> None:
     (before,) = base.glob("*.safetensors")
     key = "transformer_blocks.0.attn.norm_q.weight"
     assert torch.allclose(load_file(weights)[key], load_file(before)[key] + 0.25)
+
+
+def test_where_there_are_no_matrices(run: Run, base: Path, tmp_path: Path) -> None:
+    for name, value in (("style", 0.5), ("new", 0.25)):
+        norm = {"transformer_blocks.0.attn.norm_q.diff": torch.full((16,), value)}
+        save_file(norm, tmp_path / f"{name}.safetensors")
+    fused = fuse_one(run, base, tmp_path / "style.safetensors", tmp_path / "fused")
+    args = ("export", tmp_path / "new.safetensors", "--fused", fused, "--out", tmp_path / "o.safetensors")
+    assert "the LoRAs change no matrices" in refused(run, *args, "--vectors", "skip")
+    assert not (tmp_path / "o.safetensors").exists()
+    assert "1 tensors, rank 0" in succeed(run, *args, "--to", "comfyui")
+    (found,) = load_file(tmp_path / "o.safetensors").values()
+    assert torch.equal(found, torch.full((16,), 0.75))
+
+
+def test_damaged_modules_stay_left_out(run: Run, base: Path, tmp_path: Path) -> None:
+    factors = make_factors(MODULES, 4, 1, 0.2)
+    factors[MODULES[0]][0][0, 0] = float("nan")
+    style = write_lora(tmp_path / "style.safetensors", factors, LIGHTNING, 3.0)
+    fused = fuse_one(run, base, style, tmp_path / "fused", "--allow", "NOT_FINITE")
+    new, out = new_lora(tmp_path / "new.safetensors", fused), tmp_path / "o.safetensors"
+    succeed(run, "export", new, "--fused", fused, "--out", out)
+    assert_near(qwen_velocity(base, out), qwen_velocity(fused, new), qwen_velocity(base, None))
+    kept = next(fused.glob("lorafuse/loras/*")) / "adapter_config.json"
+    kept.write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 3, "target_modules": ["x"]}))
+    assert "A configuration beside the file may have changed" in refused(
+        run, "export", new, "--fused", fused, "--out", tmp_path / "p.safetensors"
+    )
 
 
 def test_scaffolds_are_dropped(run: Run, base: Path, tmp_path: Path) -> None:
@@ -321,7 +351,10 @@ def test_scaffolds_are_dropped(run: Run, base: Path, tmp_path: Path) -> None:
     deployed = fuse_one(run, base, style, tmp_path / "deployed")
     both = fuse_one(run, deployed, adapter, tmp_path / "both", "--role", "scaffold")
     new = new_lora(tmp_path / "new2.safetensors", both)
-    succeed(run, "export", new, "--fused", both, "--out", tmp_path / "o.safetensors")
+    code, text, err = run("export", new, "--fused", both, "--out", tmp_path / "o.safetensors", "--base", base, "--json")
+    assert code == 0, err
+    assert f"not compared with {both}, which holds the scaffold" in err
+    assert "error_against_fused" not in json.loads(text)
     assert_near(
         qwen_velocity(base, tmp_path / "o.safetensors"), qwen_velocity(deployed, new), qwen_velocity(base, None)
     )

@@ -141,6 +141,34 @@ def test_norms_and_biases(run: Run, tmp_path: Path) -> None:
         assert torch.allclose(value, tuned[name], atol=1e-5), name
 
 
+def test_numbers_that_are_only_stored_otherwise_do_not_differ(
+    run: Run, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """As of a checkpoint that was loaded in fp32, changed and saved."""
+    fused, base = pair
+    wide, copy = tmp_path / "wide.safetensors", tmp_path / "copy.safetensors"
+    save_file({name: value.float() for name, value in weights(fused).items()}, wide)
+    save_file({name: value.float() for name, value in weights(base).items()}, copy)
+    succeed(run, "extract", wide, "--base", base, "--rank", "4", "--out", tmp_path / "wide" / "o.safetensors")
+    succeed(run, "extract", fused, "--base", base, "--rank", "4", "--out", tmp_path / "o.safetensors")
+    one, other = (load_file(folder / "o.safetensors") for folder in (tmp_path / "wide", tmp_path))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    args = ("--rank", "2", "--out", tmp_path / "x.safetensors")
+    assert "do not differ" in refused(run, "extract", copy, "--base", base, *args)
+
+
+def test_packed_weights_are_no_numbers(run: Run, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    for name, value in (("one", 1), ("two", 2)):
+        packed = {**weights(pair[1]), "proj_out.weight": torch.full((16, 48), value, dtype=torch.uint8)}
+        save_file(packed, tmp_path / f"{name}.safetensors")
+    err = refused(
+        run, "extract", tmp_path / "one.safetensors", "--base", tmp_path / "two.safetensors", "--rank", "2",
+        "--out", tmp_path / "o.safetensors",
+    )  # fmt: skip
+    assert "1 tensors are of types that cannot be compared (first: proj_out.weight, U8)" in err
+
+
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
 @pytest.mark.parametrize("to", ["diffusers", "kohya"])
 def test_layouts(run: Run, tmp_path: Path, layout: str, to: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import retrieve_timesteps
 from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
 
 from lorafuse_common.errors import ConfigError
@@ -68,6 +69,15 @@ def test_kleins_levels_are_its_pipelines() -> None:
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(FLUX2))
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / 4, 4), mu=compute_empirical_mu(4096, 4))
     assert torch.allclose(torch.tensor(klein.sigmas(4)), scheduler.sigmas[:-1], atol=2e-6)
+
+
+def test_sd3_turbos_levels_are_its_pipelines() -> None:
+    """StableDiffusion3Pipeline leaves the levels to the scheduler."""
+    turbo = next(known for known in KNOWN if known.family == "sd3")
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    for steps in (1, 4, 28):
+        retrieve_timesteps(scheduler, steps, "cpu", sigmas=None)
+        assert torch.allclose(torch.tensor(turbo.sigmas(steps)), scheduler.sigmas[:-1], atol=2e-6)
 
 
 def test_wans_levels_are_lightx2vs() -> None:

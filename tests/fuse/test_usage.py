@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ from fuse.test_convert_readers import tiny_flux
 from safetensors import safe_open
 from train import tiny_z_image
 
+from lorafuse_common.checkpoint import open_checkpoint
 from lorafuse_common.dialects.diffusers import DIFFUSERS
 from lorafuse_common.dialects.lightning import LIGHTNING
-from lorafuse_common.manifest import MANIFEST_NAME, Manifest, Role, read_manifest
+from lorafuse_common.manifest import MANIFEST_NAME, Manifest, Origin, Role, read_manifest
+from lorafuse_fuse.commands import fuse_command
+from lorafuse_fuse.usage import choose_usage
 
 Run = Callable[..., tuple[int, str, str]]
 FOUR = (1.0, 0.9, 0.75, 0.5)
@@ -155,7 +159,7 @@ def test_a_file(
     manifest, _ = fused(run, base, tmp_path / "out", "--lora", style, "--schedule", f"{path}{steps}")
     assert levels(manifest) == wanted
     assert manifest.schedule
-    assert (manifest.schedule.guidance_scale, manifest.schedule.source) == (guidance, "--schedule few.json")
+    assert (manifest.schedule.guidance_scale, manifest.schedule.source) == (guidance, f"--schedule few.json{steps}")
     code, _, err = run("fuse", base, "--out", tmp_path / "out", "--lora", style, "--schedule", f"{path}{steps}")
     assert (code, "is up to date" in err) == (0, True)
 
@@ -190,6 +194,15 @@ def test_numbers_that_json_does_not_have(run: Run, base: Path, tmp_path: Path) -
     style = lora(tmp_path / "style.safetensors")
     err = refusal(run, base, tmp_path / "out", "--lora", style, "--schedule", tmp_path / "few.json")
     assert "NaN is no JSON number" in err
+
+
+@pytest.mark.parametrize("guidance", ["NaN", "1e999", '"x"'])
+def test_a_header_whose_guidance_is_no_number(run: Run, base: Path, tmp_path: Path, guidance: str) -> None:
+    stated = {"few_step_schedule": f'{{"sigmas": [1, 0.5], "guidance_scale": {guidance}}}'}
+    path = lora(tmp_path / "style.safetensors", metadata=stated)
+    assert "error: style.safetensors: " in refusal(run, base, tmp_path / "out", "--lora", path)
+    manifest, _ = fused(run, base, tmp_path / "none", "--lora", path, "--schedule", "none")
+    assert manifest.schedule is None
 
 
 def test_a_scaffold_is_asked_for(run: Run, base: Path, tmp_path: Path) -> None:
@@ -259,6 +272,22 @@ def test_a_few_step_base(run: Run, tmp_path: Path, name: str, steps: int) -> Non
     assert ("is FLUX.1-schnell, by the name of the base" in err) == bool(steps)
 
 
+def test_what_a_base_is_called(tmp_path: Path) -> None:
+    """By its name on the hub, whose cache calls it by its commit; and names that contradict each other are said."""
+    folder = tmp_path / ("0" * 40)
+    tiny_flux().save_pretrained(folder)
+    base = replace(open_checkpoint(folder, None), origin=Origin("black-forest-labs/FLUX.1-schnell", "0" * 40, ""))
+    usage = choose_usage(None, "auto", (), base)
+    assert usage.schedule
+    assert usage.schedule.source == "black-forest-labs/FLUX.1-schnell (FLUX.1-schnell)"
+    assert "0000" not in usage.remarks[0]
+    config = json.loads((folder / "config.json").read_text()) | {"_name_or_path": "Tongyi-MAI/Z-Image-Turbo"}
+    (folder / "config.json").write_text(json.dumps(config))
+    usage = choose_usage(None, "auto", (), replace(base, family=None))
+    assert usage.schedule is None
+    assert "FLUX.1-schnell, 4 steps (its name on the hub) and Z-Image-Turbo, 8 steps (its config" in usage.remarks[0]
+
+
 def test_a_known_adapter_on_a_known_base(run: Run, tmp_path: Path) -> None:
     """ostris' adapter for Z-Image-Turbo: a scaffold, and the schedule is that of Turbo."""
     tiny_z_image.pipeline().transformer.save_pretrained(tmp_path / "Z-Image-Turbo")
@@ -273,3 +302,4 @@ def test_a_known_adapter_on_a_known_base(run: Run, tmp_path: Path) -> None:
     manifest, err = fused(run, tmp_path / "Z-Image-Turbo", tmp_path / "kept", "--lora", adapter, "--role", "deploy")
     assert (manifest.role, manifest.schedule) == (Role.DEPLOY, None)
     assert "the result needs many steps" in err
+    assert "--role deploy" in fuse_command(manifest)  # without it, it would be a scaffold again

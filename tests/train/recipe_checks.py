@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import itertools
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
 from torch import Tensor, nn
 from train.runs import step_rows
 
 from lorafuse_common.naming import Family
+from lorafuse_train.dataset.order import seed_for
 from lorafuse_train.lora.adapter import attach
 from lorafuse_train.lora.targets import Targets, resolve_targets
 from lorafuse_train.options.options import resolve_config
@@ -21,6 +25,8 @@ from lorafuse_train.recipes.recipe import Encoded, Recipe
 from lorafuse_train.steps.objective import add_noise, loss_sum
 
 CPU = Precision(torch.device("cpu"), autocast=False, reason="")
+LIGHTNING = (1.0, 0.9, 0.75, 0.5)
+"""bf16 has no number for 1000 times the third, and rounds it to 752."""
 
 
 def config(rank: int) -> Any:
@@ -43,6 +49,26 @@ def gap_to_neighbours(recipe: Recipe, transformer: Any, captions: Sequence[Encod
             for i in range(len(captions))
         ]
     return float((together - torch.cat(alone)).abs().max())
+
+
+def told_timesteps(
+    recipe: Recipe, pipeline: Any, caption: Encoded, start: Tensor, call: Mapping[str, Any]
+) -> tuple[list[float], list[float]]:
+    """What the model is told of Lightning's four noise levels, by the recipe and by the pipeline in its precision."""
+    told: list[float] = []
+    hook = pipeline.transformer.register_forward_pre_hook(
+        lambda _, arguments, named: told.append(float(named["timestep"][0])), with_kwargs=True
+    )
+    with torch.no_grad():
+        for sigma in LIGHTNING:
+            recipe.predict(pipeline.transformer, start, torch.tensor([sigma]), recipe.collate([caption]))
+    ours, few = told.copy(), FlowMatchEulerDiscreteScheduler(shift=1.0)
+    told.clear()
+    drawing = type(pipeline)(**{**pipeline.components, "scheduler": few})
+    drawing.set_progress_bar_config(disable=True)
+    drawing(**call, sigmas=[*LIGHTNING], num_inference_steps=len(LIGHTNING), output_type="latent")
+    hook.remove()
+    return ours, told
 
 
 def silent_modules(recipe: Recipe, transformer: Any, caption: Encoded, shape: tuple[int, ...]) -> set[str]:
@@ -78,12 +104,23 @@ def losses_on_one_latent(
     return losses
 
 
-def check_run(out: Path, printed: str) -> None:
-    """A finished training: its losses are numbers, its grid is there, and the code that it printed draws a picture."""
+def check_run(out: Path, printed: str, drawn: str | None = None) -> None:
+    """A finished training: its losses are numbers, its grid is there, and the code that it printed draws a picture.
+
+    Of the prompt `drawn`, if given, and from the same noise, that picture is the trainer's own last one.
+    """
     assert all(float(row["loss"]) > 0 for row in step_rows(out))
     assert (out / "samples.png").is_file()
     scope: dict[str, Any] = {}
     after = printed.split("use it:\n")[1].splitlines(keepends=True)
     code = "".join(itertools.takewhile(lambda line: line.startswith("  "), after))
+    if drawn:
+        seed = f"generator=torch.Generator().manual_seed({seed_for('sample', 0, 0)})"
+        code = code.replace('prompt="a prompt"', f'prompt="{drawn}", {seed}')
+        assert seed in code
     exec(textwrap.dedent(code), scope)
     assert scope["image"].size == (32, 32)
+    if drawn:
+        with Image.open(out / "images" / "0.png") as own:
+            theirs, ours = (np.asarray(picture.convert("RGB")).astype(int) for picture in (scope["image"], own))
+        assert np.abs(theirs - ours).max() <= 1

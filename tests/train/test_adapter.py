@@ -94,7 +94,6 @@ def gap(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_it_starts_as_the_base_and_only_the_lora_learns(folder: Path, kind: str, dtype: torch.dtype) -> None:
     transformer, asked = load(folder, dtype), config(**KINDS[kind])
-    bare = predict(transformer)
     weights = {name: value.clone() for name, value in transformer.state_dict().items()}
     its = targets(transformer, asked)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,13 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
-from train import tiny
+from safetensors.torch import load_file
+from train import tiny, tiny_sd3
 from train.runs import run, save_world
 
 import lorafuse_fuse.cli
 from lorafuse_common.manifest import read_manifest
-from lorafuse_train.lora import card, markdown
-from lorafuse_train.lora.adapter import FILE_NAME
+from lorafuse_train.lora import markdown
 from lorafuse_train.lora.card import CARD, is_ours, marked
 from lorafuse_train.lora.fuse_commands import fuse_commands, target_sha256
 
@@ -91,8 +92,6 @@ def test_its_code_makes_the_base_and_draws(out: Path, world: Path, monkeypatch: 
     (world / "models" / "base").symlink_to(world / "base")
     (world / "this-folder").symlink_to(out)
     (line,) = re.search(r"```bash\n(.*?)```", text, re.DOTALL)[1].strip().splitlines()  # type: ignore[index]
-    import shlex
-
     lorafuse_fuse.cli.app(shlex.split(line)[1:], standalone_mode=False)
     made, meant = read_manifest(world / "models" / "fused"), read_manifest(world / "fused")
     assert made and meant
@@ -132,6 +131,21 @@ def test_a_scaffold_is_left_out(world: Path, tmp_path: Path) -> None:
     assert command.startswith("lorafuse fuse models/base --lora lightning.safetensors") and "scaffold" not in command
 
 
+@pytest.mark.parametrize("made", [tiny, tiny_sd3], ids=["qwen_image", "sd3"])
+def test_its_command_makes_comfyuis_file(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SD3's last block is another; which one that is only the model tells."""
+    world = save_world(tmp_path, made)
+    out = run(world, tmp_path / "out", max_train_steps=1)
+    command = re.search(r"make it with `(.*?)`", (out / CARD).read_text())
+    assert command
+    assert ("--base models/fused" in command[1]) == (made is tiny_sd3)
+    (out / "models").mkdir()
+    (out / "models" / "fused").symlink_to(world / "fused")
+    monkeypatch.chdir(out)
+    lorafuse_fuse.cli.app(shlex.split(command[1])[1:], standalone_mode=False)
+    assert any(name.startswith("diffusion_model.") for name in load_file("comfyui.safetensors"))
+
+
 def test_edits_are_left_alone(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = run(world, tmp_path / "out", max_train_steps=1)
     first = (out / CARD).read_text()
@@ -169,4 +183,3 @@ def test_front_matter_is_read_back() -> None:
     text = markdown.front_matter(facts)
     assert yaml.safe_load(text.split("\n---\n")[0].removeprefix("---\n")) == {k: facts[k] for k in "abc"}
     assert marked(text + "\nbody\n").startswith(text[:-1] + "\n<!-- lorafuse")
-    assert card.CARD == "README.md" and FILE_NAME

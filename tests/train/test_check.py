@@ -110,6 +110,19 @@ def test_all_faults_are_listed_and_nothing_is_changed(tmp_path: Path) -> None:
     assert "1 .jpg files that are in no row" in printed
 
 
+def test_pictures_and_captions_with_a_fault_are_in_the_dataset(tmp_path: Path) -> None:
+    for name in ("good", "latin", "without"):
+        noise(tmp_path / f"{name}.png", (64, 64), 0)
+    (tmp_path / "good.txt").write_text("a caption")
+    (tmp_path / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    (tmp_path / "orphan.txt").write_text("of no picture")
+    status, printed, error = check("--dataset_base_path", tmp_path)
+    assert status == 1
+    assert "2 faults" in error
+    assert printed.splitlines()[-1] == "not in the dataset: 1 .txt files without a picture"
+    assert "in no row" not in printed
+
+
 def test_json_is_all_that_is_on_stdout(tmp_path: Path) -> None:
     folder = planted(tmp_path / "data")
     status, printed, _ = check("--dataset_base_path", folder, "--json")
@@ -247,6 +260,31 @@ def test_what_only_a_training_would_find(tmp_path: Path) -> None:
     assert check("--dataset_base_path", folder, "--trigger_phrase", "circle", "--validation_split", 1)[0] == 0
 
 
+def test_what_only_a_training_would_find_is_all_listed_beside_faulty_rows(tmp_path: Path) -> None:
+    """Also without a base, and each fault on a line of its own, however many they are."""
+    folder, other = tmp_path / "data", tmp_path / "other"
+    other.mkdir()
+    rows = [("absent.png", "x", ""), ("good.png", "x", "absent-mask.png")]
+    noise(folder / "good.png", (64, 64), 0)
+    for number in range(25):
+        noise(folder / f"{number}.png", (64, 64), number)
+        Image.new("L", (64, 64)).save(folder / f"{number}-mask.png")
+        rows.append((f"{number}.png", "x", f"{number}-mask.png"))
+    with (folder / "metadata.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("image", "prompt", "mask"), *rows])
+    write_table(other, [(f"gone-{number}.png", "x") for number in range(25)])
+    options = ("--masked_loss", "mask", "--validation_dataset_path", other, "--trigger_phrase", "ohwx")
+    status, _, error = check("--dataset_base_path", folder, *options)
+    assert status == 1
+    assert "52 faults:" in error
+    assert len(error.splitlines()) == 53
+    assert f"row 1 (line 2): {folder}/absent.png: no such file" in error
+    assert f"row 2 (line 3): mask {folder}/absent-mask.png: no such file" in error
+    for number in range(25):
+        assert f"--masked_loss mask: {folder}/{number}-mask.png: is black everywhere" in error
+        assert f"{other}/metadata.csv: row {number + 1} (line {number + 2}): {other}/gone" in error
+
+
 def test_no_such_folder(tmp_path: Path) -> None:
     status, _, error = check("--dataset_base_path", tmp_path / "absent")
     assert status == 1
@@ -285,4 +323,5 @@ def test_pictures_to_edit_and_videos(tmp_path: Path) -> None:
     assert "2 of 9 frames of 32x32" in printed
     status, _, error = check("--dataset_base_path", videos, "--fused_model", base)
     assert status == 1
-    assert error.count("is a video") == 3 or "no row has a control picture" in error
+    assert error.count("is a video; a QwenImageEditPipeline draws pictures") == 3
+    assert "no row has a control picture" in error

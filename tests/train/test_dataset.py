@@ -101,7 +101,7 @@ def test_many_faults_are_counted(tmp_path: Path) -> None:
     ("name", "text", "match"),
     [
         ("metadata.csv", "picture,title\na.png,x\n", r"no column \['image', 'prompt'\].*--image_column"),
-        ("metadata.csv", 'image,prompt\na.png,"x\n', "not CSV"),
+        ("metadata.csv", 'image,prompt\na.png,y\nb.png,"x\nc.png,y\n', "after line 2: not CSV"),
         ("metadata.csv", "", "no column"),
         ("metadata.json", "{}", "expected a list"),
         ("metadata.json", "[", "cannot be read"),
@@ -123,6 +123,10 @@ def test_sidecars(tmp_path: Path) -> None:
     (tmp_path / "sub/b.txt").write_text("b")
     with pytest.raises(DatasetError, match=r"1 fault:(.|\n)*a\.png: no caption; expected a\.txt"):
         read(tmp_path)
+    (tmp_path / "c.png").write_bytes(b"no picture")
+    with pytest.raises(DatasetError, match=r"2 faults:(.|\n)* c\.png: no caption; expected c\.txt; .*decoded"):
+        read(tmp_path)
+    (tmp_path / "c.png").unlink()
     (tmp_path / "a.txt").write_text("a")
     assert [sample.caption for sample in read(tmp_path)] == ["a", "b"]
 
@@ -136,8 +140,17 @@ def test_ambiguous_or_absent_sources(tmp_path: Path) -> None:
         read(tmp_path, dataset_metadata_path=tmp_path / "x.csv")
     with pytest.raises(DatasetError, match="no such folder"):
         read(tmp_path / "x")
-    with pytest.raises(DatasetError, match="multiples of 8"):
-        read(tmp_path, height=12, width=16)
+
+
+def test_sizes_that_do_not_suit_are_listed_beside_the_rest(tmp_path: Path) -> None:
+    picture(tmp_path, "wide.png", (1000, 20))
+    (tmp_path / "metadata.csv").write_text("image,prompt\nwide.png,x\nabsent.png,x\n")
+    with pytest.raises(DatasetError) as caught:
+        read(tmp_path, height=12, width=16, max_pixels=1024)
+    message = str(caught.value)
+    assert "3 faults:\n  --height 12 --width 16: both must be multiples of 8" in message
+    assert "is 1000x20 pixels and is reduced to --max_pixels 1024; both sides need at least 8" in message
+    assert "absent.png: no such file" in message
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,12 @@ def make(world: Path, out: Path, fused: str = "fused", **options: Any) -> Path:
         "learning_rate": 0.01, "lr_warmup_steps": 0, "validation_inference_steps": 2,
         "validation_prompt": "a red circle", **options,
     }  # fmt: skip
-    arguments = [part for name, value in chosen.items() if value is not None for part in (f"--{name}", str(value))]
+    arguments = [
+        part
+        for name, value in chosen.items()
+        if value is not None
+        for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
+    ]
     cli.app(["make-dedistill", *arguments], standalone_mode=False)
     return out
 
@@ -81,6 +86,19 @@ def test_pictures_are_drawn_once(world: Path, tmp_path: Path, monkeypatch: pytes
     after = {path: path.stat().st_mtime_ns for path in (out / "pictures").glob("*.png")}
     assert after.keys() == before.keys()
     assert {path for path in before if after[path] != before[path]} == {first}
+
+
+def test_pictures_of_another_schedule_are_not_taken(world: Path, tmp_path: Path) -> None:
+    """Whose weights are the same, byte for byte."""
+    lora, base = str(world / "lightning.safetensors"), str(world / "base")
+    lorafuse_fuse.cli.app(
+        ["fuse", base, "--lora", lora, "--schedule", "1,0.8", "--out", str(tmp_path / "other")], standalone_mode=False
+    )
+    out = make(world, tmp_path / "out", max_train_steps=1)
+    before = {path.name for path in (out / "pictures").glob("*.png")}
+    make(world, out, fused=str(tmp_path / "other"), overwrite_output_dir=True, max_train_steps=1)
+    with (out / "pictures" / "metadata.csv").open() as file:
+        assert not {row["image"] for row in csv.DictReader(file)} & before
 
 
 def test_what_it_is_not_for(world: Path, tmp_path: Path) -> None:

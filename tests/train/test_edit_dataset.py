@@ -79,9 +79,8 @@ def test_sidecars_have_their_controls_in_folders_of_the_same_shape(tmp_path: Pat
     for name in ("a", "sub/a"):
         (tmp_path / "data" / f"{name}.txt").write_text(name)
     folders = (tmp_path / "before", tmp_path / "data" / "hint")
-    assert "1 fault:\n  sub/a.png: no control picture sub/a.* in " in faults(
-        tmp_path / "data", dataset_control_path=folders
-    )
+    missing = f"1 fault:\n  sub/a.png: control picture {folders[1]}/sub/a.*: no such file"
+    assert missing in faults(tmp_path / "data", dataset_control_path=folders)
     save(tmp_path, "data/hint/sub/a.png")
     samples = read(tmp_path / "data", dataset_control_path=folders)  # `hint` lies within, and is no picture to learn
     assert [[str(control.path.relative_to(tmp_path)) for control in sample.controls] for sample in samples] == [
@@ -133,19 +132,24 @@ def test_every_fault_of_a_control_is_listed_with_its_row(tmp_path: Path) -> None
         assert part in message
 
 
-def test_a_dataset_for_another_kind_of_model_is_one_fault(tmp_path: Path) -> None:
+def test_a_dataset_for_another_kind_of_model_is_one_fault_beside_the_others(tmp_path: Path) -> None:
     save(tmp_path, "a.png", "b.png")
-    (tmp_path / "metadata.csv").write_text("image,prompt\na.png,x\nb.png,y\n")
+    (tmp_path / "metadata.csv").write_text("image,prompt\na.png,x\nb.png,y\nabsent.png,z\n")
     message = faults(tmp_path)
-    assert "no row has a control picture, and a EditPipeline draws nothing without" in message
+    assert "2 faults:\n  no row has a control picture, and a EditPipeline draws nothing without" in message
     assert "a column 'edit_image'" in message
-    assert "\n" not in message
+    assert message.endswith(f"row 3 (line 4): {tmp_path / 'absent.png'}: no such file")
+    (tmp_path / "metadata.csv").write_text("image,prompt\na.png,x\nb.png,y\n")
     assert len(read(tmp_path, ControlRule("FluxKontextPipeline", 0, 1))) == 2
     assert "no column ['edit_image']" in faults(tmp_path, data_file_keys="image,edit_image")
-    (tmp_path / "metadata.csv").write_text("image,prompt,edit_image\na.png,x,b.png\nb.png,y,\n")
+    (tmp_path / "metadata.csv").write_text("image,prompt,edit_image\na.png,x,b.png\nb.png,,\n")
     message = faults(tmp_path, ControlRule("FluxPipeline"))
-    assert "1 rows have control pictures (first: row 1 (line 2)), which a FluxPipeline does not take" in message
-    assert "--data_file_keys image leaves the column out" in message
+    assert (
+        "2 faults:\n  1 rows have control pictures (first: row 1 (line 2)), which a FluxPipeline does not take"
+        in message
+    )
+    assert "leave them out with --data_file_keys image, or without" in message
+    assert message.endswith("row 2 (line 3): the caption is empty")
 
 
 def test_the_same_names_in_two_folders_are_two_pictures(tmp_path: Path) -> None:

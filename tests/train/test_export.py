@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from train import tiny, tiny_flux, tiny_flux2, tiny_sd3, tiny_wan, tiny_z_image
 from train.runs import run, save_world
 
+import lorafuse_fuse.cli
 from lorafuse_common.conversion import plan_conversion, write_conversion
 from lorafuse_common.dialects.kohya import KOHYA
 from lorafuse_common.errors import ConfigError, LorafuseError
@@ -26,7 +28,7 @@ from lorafuse_train.base import open_base
 from lorafuse_train.lora import export
 from lorafuse_train.lora.adapter import FILE_NAME, attach, lora_state
 from lorafuse_train.lora.export import PLACES, Exporter, Update, plan_exports, update_gap
-from lorafuse_train.lora.lora_file import load_back, pipeline_of, save_lora
+from lorafuse_train.lora.lora_file import load_back, pipeline_of, read_as_diffusers, save_lora
 from lorafuse_train.lora.targets import meta_model, resolve_targets
 from lorafuse_train.options.config import TrainConfig
 from lorafuse_train.options.options import resolve_config
@@ -230,24 +232,29 @@ def test_dora_of_a_part_is_refused_before_the_training(folders: dict[str, Path],
     Trained(folders["flux"], tmp_path, lora_target_modules="to_q").export()
 
 
-@pytest.mark.parametrize("name", ["comfyui", "peft"])
+@pytest.mark.parametrize(("family", "name"), [("sd3", "comfyui"), ("flux", "kohya"), ("qwen_image", "peft")])
 def test_a_file_that_is_not_what_was_trained_gets_no_name(
-    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, name: str
 ) -> None:
-    """One number of one tensor, written wrongly."""
-    trained = Trained(folders["qwen_image"], tmp_path, export=name)
+    """One number of one tensor, written wrongly; the command that is told writes it rightly."""
+    trained = Trained(folders[family], tmp_path, export=name, lora_target_modules="preset")
 
     def spoiled(file: Path, metadata: dict[str, str]) -> None:
         tensors = load_file(file)
-        key = min(key for key in tensors if "lora_B" in key)
+        key = min(key for key in tensors if "lora_B" in key or "lora_up" in key)
         tensors[key][0, 0] += 0.5
         save_file(tensors, file, metadata)
 
     monkeypatch.setattr(export, "set_metadata", spoiled)
     with pytest.raises(LorafuseError, match=r"is not what was trained .its delta is off by") as caught:
         trained.export()
-    assert f"`lorafuse convert {trained.file} --to {name}`" in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+    command = str(caught.value).split("`")[1]
+    lorafuse_fuse.cli.app(shlex.split(command)[1:], standalone_mode=False)
+    written, _ = read_as_diffusers(tmp_path / PLACES[name], trained.base.transformer)
+    found, wanted = export.updates_of(written), export.updates_of(trained.state)
+    assert found.keys() == wanted.keys()
+    assert max(update_gap(wanted[module], found[module]) for module in wanted) < 1e-5
 
 
 def test_a_reader_that_gets_other_values_is_believed(

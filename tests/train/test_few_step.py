@@ -175,6 +175,26 @@ def test_trajectories_are_the_pipelines(world: Path, tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in (world / "fused" / "lorafuse").rglob("*.safetensors")} == before
 
 
+def test_guided_trajectories_belong_to_their_negative_prompt(world: Path, tmp_path: Path) -> None:
+    schedule = tmp_path / "guided.json"
+    schedule.write_text('{"sigmas": [1, 0.6], "guidance_scale": 2}')
+    lora = str(world / "lightning.safetensors")
+    bases = {"guided": fuse(world, tmp_path / "guided", "--lora", lora, "--schedule", str(schedule))}
+    bases["plain"] = fuse(world, tmp_path / "plain", "--lora", lora, "--schedule", "1,0.6")
+    given = {**KEPT, "preserve_count": 1, "preserve_prompts": world / "prompts.txt", "max_train_steps": 1}
+
+    def found(name: str, negative: str) -> list[dict[str, torch.Tensor]]:
+        run(world, tmp_path / "out", "--overwrite_output_dir", fused=str(bases[name]), **given,
+            validation_negative_prompt=negative)  # fmt: skip
+        return [load(path) for path in (bases[name] / "lorafuse" / "trajectories").rglob("*.safetensors")]
+
+    assert len(found("plain", "blue")) == len(found("plain", "green")) == 1
+    assert len(found("guided", "blue")) == 1
+    one, other = found("guided", "green")
+    assert one["states"][0].equal(other["states"][0])
+    assert not one["states"][1].equal(other["states"][1])
+
+
 def test_trajectories_of_a_base_that_may_not_be_written_lie_in_the_cache(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,15 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, Flux2P
 from PIL import Image
 from torch import Tensor
 from train import tiny_edit, tiny_flux2
-from train.recipe_checks import CPU, check_run, gap_to_neighbours, losses_on_one_latent, noise, silent_modules
+from train.recipe_checks import (
+    CPU,
+    check_run,
+    gap_to_neighbours,
+    losses_on_one_latent,
+    noise,
+    silent_modules,
+    told_timesteps,
+)
 from train.runs import run, save_world
 
 from lorafuse_common.errors import CheckpointError
@@ -21,7 +29,8 @@ from lorafuse_common.families.flux2 import FLUX2
 from lorafuse_train.lora.targets import resolve_targets
 from lorafuse_train.precision import Precision
 from lorafuse_train.recipes import recipe_for
-from lorafuse_train.recipes.flux2 import MANY_STEPS, Flux2, patchify, unpatchify
+from lorafuse_train.recipes.flux2 import Flux2, patchify, unpatchify
+from lorafuse_train.recipes.kl import MANY_STEPS
 from lorafuse_train.recipes.recipe import ControlPicture, Guidance
 from lorafuse_train.samples.sample import Schedule, denoise
 
@@ -241,6 +250,13 @@ def test_bf16_weights_keep_latents_and_predictions_in_fp32(folder: Path, pipelin
                 rounded = RECIPE.predict(half, noise(1, *LATENT), sigma, condition)
             assert rounded.dtype == torch.float32
             assert (rounded - exact).norm() < 0.05 * exact.norm()
+
+
+def test_timesteps_are_rounded_as_by_the_pipelines(folder: Path) -> None:
+    half, text = DiffusionPipeline.from_pretrained(folder, dtype=torch.bfloat16), random_caption(0)
+    call = {"prompt_embeds": text["embeds"][None].bfloat16(), "guidance_scale": 1, "height": 16, "width": 24}
+    ours, theirs = told_timesteps(RECIPE, half, text, noise(1, *LATENT), call)
+    assert ours == theirs
 
 
 @pytest.mark.parametrize("klein", [False, True], ids=["dev", "klein"])

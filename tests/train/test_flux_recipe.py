@@ -14,7 +14,16 @@ import torch
 from diffusers import DiffusionPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file
 from train import tiny_flux
-from train.recipe_checks import CPU, check_run, config, gap_to_neighbours, losses_on_one_latent, noise, silent_modules
+from train.recipe_checks import (
+    CPU,
+    check_run,
+    config,
+    gap_to_neighbours,
+    losses_on_one_latent,
+    noise,
+    silent_modules,
+    told_timesteps,
+)
 from train.runs import run, save_world
 
 from lorafuse_common import manifest
@@ -161,6 +170,13 @@ def test_bf16_weights_keep_latents_and_predictions_in_fp32(folder: Path, pipelin
             assert (rounded - exact).norm() < 0.05 * exact.norm()
 
 
+def test_timesteps_are_rounded_as_by_the_pipeline(folder: Path) -> None:
+    half, text = DiffusionPipeline.from_pretrained(folder, dtype=torch.bfloat16), caption()
+    call = {"prompt_embeds": text["embeds"][None].bfloat16(), "pooled_prompt_embeds": text["pooled"][None].bfloat16()}
+    ours, theirs = told_timesteps(RECIPE, half, text, noise(1, *LATENT), {**call, "height": 16, "width": 24})
+    assert ours == theirs
+
+
 def test_the_preset_trains_the_linear_layers_of_all_blocks() -> None:
     """By name: all but the embedders and the two after the last block; by autograd: none of them is idle."""
     transformer = tiny_flux.pipeline().transformer
@@ -199,4 +215,4 @@ def test_a_training_from_start_to_end(tmp_path: Path, capsys: pytest.CaptureFixt
     printed = capsys.readouterr().out
     assert "sigmas=[1, 0.6], guidance_scale=3.5)" in printed
     assert len(load_file(out / FILE_NAME)) == 2 * (2 * 14 + 2 * 6)
-    check_run(out, printed)
+    check_run(out, printed, drawn="a red circle")

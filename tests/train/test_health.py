@@ -1,4 +1,4 @@
-"""The few-step health: the formulas, against numbers worked out by hand, and a ruined run against a mild one."""
+"""The few-step health: the formulas, against numbers worked out by hand and against PEFT, and the plot."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
+from lorafuse_train.experts import Expert
 from lorafuse_train.precision import Precision
 from lorafuse_train.samples.health import (
     Agreement,
@@ -92,7 +93,7 @@ class LineRecipe:
 @pytest.mark.parametrize("at_once", [1, 10**6])
 def test_agreement_is_one_minus_the_relative_difference(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With v = (x - a) / sigma + e, x0 without LoRA is a everywhere on the trajectory, and a - sigma e with it."""
-    monkeypatch.setattr("lorafuse_train.samples.health.TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr("lorafuse_train.samples.sample.TOKENS_AT_ONCE", at_once)
     prompts = tuple({"a": torch.tensor(value)} for value in (3.0, 4.0))
     schedule = Schedule((1.0, 0.5), 1.0)
     recipe: Any = LineRecipe()
@@ -103,6 +104,17 @@ def test_agreement_is_one_minus_the_relative_difference(at_once: int, monkeypatc
     rms = math.sqrt((9 + 16) / 2)
     assert agreement.measure(model) == pytest.approx(1 - (2 / rms + 1 / rms) / 2)
     assert model.on
+
+
+def test_an_expert_that_no_step_asks_agrees_with_itself() -> None:
+    prompts = ({"a": torch.tensor(3.0)},)
+    recipe: Any = LineRecipe()
+    model = Line()
+    model.extra = 2.0
+    for component, expected in (("transformer_2", 1), ("transformer", 1 - (2 / 3 + 1 / 3) / 2)):
+        expert = Expert(component, Path("other"), boundary=0.5)
+        agreement = Agreement(recipe, prompts, prompts, Schedule((1.0, 0.5), 1.0), (1, 2, 2), 0, CPU, expert=expert)
+        assert agreement.measure(model) == pytest.approx(expected)
 
 
 def test_agreement_of_a_real_lora_equals_that_of_a_peft_one_by_hand() -> None:
@@ -179,3 +191,5 @@ def test_the_plot_shows_drift_in_another_colour() -> None:
         return sum(number for number, colour in sheet.getcolors(1 << 20) if colour == rgb[BAD])
 
     assert count(ill) > count(healthy) + 20  # besides the dashes
+    for nothing in (math.nan, -math.inf):
+        assert count(draw_health([Health(0, 1, 1), Health(9, nothing, 1)])) > count(healthy) + 20

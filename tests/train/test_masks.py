@@ -84,14 +84,20 @@ def test_every_fault_at_once(tmp_path: Path) -> None:
         read(tmp_path)
     message = str(caught.value)
     for part in (
-        "--masked_loss mask: 4 masks cannot be used",
-        "tall-mask.png: is 32x64; expected the shape of tall.png, which is 64x32",
-        "black-mask.png: is black everywhere; nothing of black.png would be learned",
-        "lost-mask.png",
-        "broken-mask.png: cannot be decoded",
+        "3 faults:",
+        f"row 1 (line 2): mask {tmp_path}/tall-mask.png: is 32x64; expected the shape of tall.png, which is 64x32",
+        f"row 3 (line 4): mask {tmp_path}/lost-mask.png: no such file",
+        f"row 4 (line 5): mask {tmp_path}/broken-mask.png: cannot be decoded",
     ):
         assert part in message
     assert "good" not in message
+    for name in ("tall", "lost", "broken"):
+        white_left((64, 32)).save(tmp_path / f"{name}-mask.png")
+    with pytest.raises(DatasetError) as caught:
+        read(tmp_path)
+    message = str(caught.value)
+    assert "--masked_loss mask: 1 fault:" in message
+    assert "black-mask.png: is black everywhere; nothing of black.png would be learned" in message
     with pytest.raises(DatasetError, match="--masked_loss masks: no row has a mask there"):
         read(tmp_path, masked_loss="masks")
 

@@ -14,11 +14,11 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from lorafuse_common.errors import ConfigError
-from lorafuse_train.dataset.packing import pack, restore_optimizer, unpack
 from lorafuse_train.options.config import TrainConfig
 from lorafuse_train.options.options import resolve_config
 from lorafuse_train.steps.ema import Ema, averaged
 from lorafuse_train.steps.optimizers import NAMED, build_optimizer, check_optimizer
+from lorafuse_train.steps.packing import pack, restore_optimizer, unpack
 
 GIVEN: dict[str, Any] = {"fused_model": "fused", "dataset_base_path": "data", "output_path": "out"}
 CPU = torch.device("cpu")

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lorafuse_train.dataset.headers import read_header
 from lorafuse_train.dataset.picture_faults import quiet_pillow, similar_name
 from lorafuse_train.dataset.pictures import open_picture, upright_size
-from lorafuse_train.lora.headers import read_header
 
 NOISE = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
 
@@ -189,4 +189,6 @@ def test_similar_names(tmp_path: Path) -> None:
     assert similar_name(tmp_path / "b.jpg") == " (there is 'b.jpeg')"
     assert similar_name(tmp_path / "sub\\b.jpeg") == " (write / between folders, not \\)"
     assert similar_name(tmp_path / "z.png") == ""
+    (tmp_path / "link.png").symlink_to("gone.png")
+    assert similar_name(tmp_path / "link.png") == " (it is a link to what is not there)"
     assert "'absent'" in similar_name(tmp_path / "absent" / "z.png")

@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from train import tiny
+from train.recipe_checks import CPU, check_run, gap_to_neighbours, noise, told_timesteps
+from train.runs import run, save_world
 
 from lorafuse_train.precision import Precision
 from lorafuse_train.recipes.qwen_image import QwenImage, pack, unpack
@@ -18,7 +21,6 @@ CAPTION, LONGER = "a red star", "ink sketch of a blue circle on a navy backgroun
 LATENT = (4, 4, 6)
 HEIGHT, WIDTH = 16, 24
 RECIPE = QwenImage()
-CPU = Precision(torch.device("cpu"), autocast=False, reason="")
 
 
 @pytest.fixture(scope="module", params=[{"shift": 2.0}, tiny.DYNAMIC_SCHEDULER], ids=["static", "dynamic"])
@@ -28,8 +30,6 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def pipeline(folder: Path) -> Any:
-    from diffusers import DiffusionPipeline
-
     pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -77,14 +77,7 @@ def test_few_steps_work_as_the_summary_tells_users(folder: Path, pipeline: Any) 
 def test_a_prediction_does_not_depend_on_its_neighbours(pipeline: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     captions = [{"embeds": torch.randn(length, 16, generator=generator)} for length in (3, 9, 6)]
-    x, sigma = torch.randn(3, *LATENT, generator=generator), torch.tensor([0.2, 0.7, 1.0])
-    with torch.no_grad():
-        together = RECIPE.predict(pipeline.transformer, x, sigma, RECIPE.collate(captions))
-        alone = [
-            RECIPE.predict(pipeline.transformer, x[i : i + 1], sigma[i : i + 1], RECIPE.collate(captions[i : i + 1]))
-            for i in range(3)
-        ]
-    assert torch.allclose(together, torch.cat(alone), atol=1e-5)
+    assert gap_to_neighbours(RECIPE, pipeline.transformer, captions, LATENT) < 1e-5
     assert RECIPE.collate(captions)["mask"].sum(dim=1).tolist() == [3, 9, 6]
 
 
@@ -143,3 +136,17 @@ def test_bf16_weights_keep_latents_and_predictions_in_fp32(folder: Path, pipelin
                 rounded = RECIPE.predict(half, x, sigma, caption)
             assert rounded.dtype == torch.float32
             assert (rounded - exact).norm() < 0.05 * exact.norm()
+
+
+def test_timesteps_are_rounded_as_by_the_pipeline(folder: Path) -> None:
+    """Which rounds 1000 sigma to bf16: of 0.75 it tells the model 0.7539."""
+    half = DiffusionPipeline.from_pretrained(folder, dtype=torch.bfloat16)
+    embeds = torch.randn(1, 4, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    call = {"prompt_embeds": embeds, "true_cfg_scale": 1, "height": HEIGHT, "width": WIDTH}
+    ours, theirs = told_timesteps(RECIPE, half, {"embeds": embeds[0]}, noise(1, *LATENT), call)
+    assert ours == theirs
+
+
+def test_a_training_from_start_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = run(save_world(tmp_path), tmp_path / "out", learning_rate=0.1)
+    check_run(out, capsys.readouterr().out, drawn="a red circle")

@@ -185,7 +185,7 @@ def test_a_training_from_start_to_end(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "sigmas=[1, 0.6], guidance_scale=1)" in printed
     assert "left out, for nothing reads their output: transformer_blocks.2.attn.add_q_proj" in printed
     assert len(load_file(out / FILE_NAME)) == 2 * (3 * 14 + 4 - 4)
-    check_run(out, printed)
+    check_run(out, printed, drawn="a red circle")
 
 
 def test_a_training_without_t5(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

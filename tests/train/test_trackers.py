@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]  # no stubs
 from train.runs import run, save_world, step_rows
 
 from lorafuse_common.errors import ConfigError
 from lorafuse_train.options.options import resolve_config
-from lorafuse_train.steps.log import COLUMNS, VALIDATED
+from lorafuse_train.steps.log import COLUMNS, VALIDATED, open_log
 from lorafuse_train.steps.trackers import check_trackers
 
 GIVEN: dict[str, Any] = {"fused_model": "fused", "dataset_base_path": "data", "output_path": "out"}
@@ -46,6 +47,17 @@ def test_files_and_tensorboard_tell_the_same(world: Path, tmp_path: Path) -> Non
     assert [event.value for event in found.Scalars("train/loss")] == pytest.approx([line["loss"] for line in lines])
     assert [event.step for event in found.Images("samples")] == [0, 2, 4]
     assert "lora_rank: 4" in found.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+
+
+def test_a_line_that_was_cut_short_is_not_kept(tmp_path: Path) -> None:
+    config = resolve_config({**GIVEN, "output_path": str(tmp_path), "report_to": ["none"]})
+    whole = {"metrics.csv": "step,epoch\n1,0.5\n", "metrics.jsonl": '{"step": 1}\n'}
+    for name, text in whole.items():
+        (tmp_path / name).write_text(text + {"metrics.csv": "1", "metrics.jsonl": '{"step": 1'}[name])
+    with open_log(config, 3, 2, torch.device("cpu")):
+        pass
+    assert (tmp_path / "metrics.csv").read_text().splitlines()[1:] == ["1,0.5"]
+    assert (tmp_path / "metrics.jsonl").read_text() == whole["metrics.jsonl"]
 
 
 def test_nothing_but_the_files_where_nothing_is_asked_for(world: Path, tmp_path: Path) -> None:

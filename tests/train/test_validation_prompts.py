@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,14 @@ def test_every_form_says_the_same(tmp_path: Path, name: str) -> None:
     path.write_text(FORMS[name], encoding="utf-8")
     second = ValidationPrompt("a dog") if name == "lines.txt" else FULL
     assert read_prompts(path) == (ValidationPrompt("a cat"), second)
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl"])
+def test_a_line_ends_where_the_file_says(tmp_path: Path, name: str) -> None:
+    text = "one\u2028prompt\x85 of it"
+    line = text if name == "p.txt" else json.dumps({"prompt": text}, ensure_ascii=False)
+    (tmp_path / name).write_text(f"{line}\r\n{line}\n", encoding="utf-8")
+    assert read_prompts(tmp_path / name) == (ValidationPrompt(text),) * 2
 
 
 def test_pictures_lie_beside_the_file(tmp_path: Path) -> None:

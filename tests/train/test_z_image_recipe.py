@@ -154,4 +154,4 @@ def test_a_training_from_start_to_end(tmp_path: Path, capsys: pytest.CaptureFixt
     out = run(world, tmp_path / "out", "--use_gradient_checkpointing", original_model=world / "base")
     printed = capsys.readouterr().out
     assert "guidance_scale=0" in printed
-    check_run(out, printed)
+    check_run(out, printed, drawn="a red circle")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -118,12 +119,16 @@ def pipeline(*, layers: int = 2, scheduler: dict[str, Any] | None = None, words:
     )
 
 
-def save_pipeline(folder: Path, **options: Any) -> Path:
-    """`pipeline(**options)` written to `folder`."""
-    made = pipeline(**options)
+def save(made: Any, folder: Path) -> Path:
+    """A pipeline of any family written to `folder`, in silence."""
     made.set_progress_bar_config(disable=True)
     made.save_pretrained(folder)
     return folder
+
+
+def save_pipeline(folder: Path, **options: Any) -> Path:
+    """`pipeline(**options)` written to `folder`."""
+    return save(pipeline(**options), folder)
 
 
 def save_dataset(folder: Path, sizes: tuple[tuple[int, int], ...] = ((32, 32),) * 4) -> Path:
@@ -151,5 +156,16 @@ def save_lightning(path: Path, *, seed: int = 1) -> Path:
             tensors[f"{module}.lora_down.weight"] = torch.randn(4, 32, generator=generator) * 0.3
             tensors[f"{module}.lora_up.weight"] = torch.randn(32, 4, generator=generator) * 0.3
             tensors[f"{module}.alpha"] = torch.tensor(8.0)
+    save_file(tensors, path)
+    return path
+
+
+def save_lora(path: Path, modules: Iterable[str], *, width: int = 32) -> Path:
+    """A random LoRA for square layers of a transformer, as diffusers spells it."""
+    generator = torch.Generator().manual_seed(1)
+    tensors = {}
+    for module in modules:
+        for factor, shape in (("A", (4, width)), ("B", (width, 4))):
+            tensors[f"transformer.{module}.lora_{factor}.weight"] = torch.randn(shape, generator=generator) * 0.3
     save_file(tensors, path)
     return path

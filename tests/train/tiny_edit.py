@@ -46,9 +46,7 @@ def _parts(made: Any) -> dict[str, Any]:
 
 def save_pipeline(folder: Path, kind: str = "edit") -> Path:
     """`pipeline(kind)` written to `folder` as published ones are."""
-    made = pipeline(kind)
-    made.set_progress_bar_config(disable=True)
-    made.save_pretrained(folder)
+    tiny.save(pipeline(kind), folder)
     index = json.loads((folder / "model_index.json").read_text())
     if "processor" in index:
         index["processor"] = ["transformers", "Qwen2VLProcessor"]

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from safetensors.torch import save_file
-from train import tiny_text
+from train import tiny, tiny_text
 from transformers import CLIPTextModel
 
 DEV = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "max_image_seq_len": 4096, "shift": 3.0}
@@ -45,20 +44,11 @@ def pipeline(*, dev: bool = True) -> Any:
 
 def save_pipeline(folder: Path, **options: Any) -> Path:
     """`pipeline(**options)` written to `folder`."""
-    made = pipeline(**options)
-    made.set_progress_bar_config(disable=True)
-    made.save_pretrained(folder)
-    return folder
+    return tiny.save(pipeline(**options), folder)
 
 
 def save_lightning(path: Path) -> Path:
     """A random LoRA for `pipeline`."""
-    generator = torch.Generator().manual_seed(1)
-    tensors = {}
-    for block in (0, 1):
-        for name in ("attn.to_q", "attn.add_v_proj"):
-            module = f"transformer.transformer_blocks.{block}.{name}"
-            tensors[f"{module}.lora_A.weight"] = torch.randn(4, 32, generator=generator) * 0.3
-            tensors[f"{module}.lora_B.weight"] = torch.randn(32, 4, generator=generator) * 0.3
-    save_file(tensors, path)
-    return path
+    return tiny.save_lora(
+        path, [f"transformer_blocks.{block}.{name}" for block in (0, 1) for name in ("attn.to_q", "attn.add_v_proj")]
+    )

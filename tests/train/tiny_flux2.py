@@ -13,7 +13,6 @@ from diffusers import (
     Flux2Pipeline,
     Flux2Transformer2DModel,
 )
-from safetensors.torch import save_file
 from train import tiny, tiny_z_image
 from transformers import Mistral3Config, Mistral3ForConditionalGeneration, Qwen3ForCausalLM
 
@@ -100,20 +99,11 @@ def pipeline(*, klein: bool = False, distilled: bool = False, scheduler: dict[st
 
 def save_pipeline(folder: Path, **options: Any) -> Path:
     """`pipeline(**options)` written to `folder`."""
-    made = pipeline(**options)
-    made.set_progress_bar_config(disable=True)
-    made.save_pretrained(folder)
-    return folder
+    return tiny.save(pipeline(**options), folder)
 
 
 def save_lightning(path: Path) -> Path:
     """A random LoRA for `pipeline`."""
-    generator = torch.Generator().manual_seed(1)
-    tensors = {}
-    for block in (0, 1):
-        for name in ("to_q", "to_v"):
-            module = f"transformer.transformer_blocks.{block}.attn.{name}"
-            tensors[f"{module}.lora_A.weight"] = torch.randn(4, 32, generator=generator) * 0.3
-            tensors[f"{module}.lora_B.weight"] = torch.randn(32, 4, generator=generator) * 0.3
-    save_file(tensors, path)
-    return path
+    return tiny.save_lora(
+        path, [f"transformer_blocks.{block}.attn.{name}" for block in (0, 1) for name in ("to_q", "to_v")]
+    )

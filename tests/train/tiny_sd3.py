@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from safetensors.torch import save_file
-from train import tiny_text
+from train import tiny, tiny_text
 from transformers import CLIPTextModelWithProjection
 
 SCHEDULER = {"shift": 3.0}
@@ -50,20 +49,11 @@ def pipeline(*, t5: bool = True, medium: bool = True, scheduler: dict[str, Any] 
 
 def save_pipeline(folder: Path, **options: Any) -> Path:
     """`pipeline(**options)` written to `folder`."""
-    made = pipeline(**options)
-    made.set_progress_bar_config(disable=True)
-    made.save_pretrained(folder)
-    return folder
+    return tiny.save(pipeline(**options), folder)
 
 
 def save_lightning(path: Path) -> Path:
     """A random LoRA for `pipeline`."""
-    generator = torch.Generator().manual_seed(1)
-    tensors = {}
-    for block in (0, 1):
-        for name in ("attn.to_q", "attn.add_v_proj"):
-            module = f"transformer.transformer_blocks.{block}.{name}"
-            tensors[f"{module}.lora_A.weight"] = torch.randn(4, 32, generator=generator) * 0.3
-            tensors[f"{module}.lora_B.weight"] = torch.randn(32, 4, generator=generator) * 0.3
-    save_file(tensors, path)
-    return path
+    return tiny.save_lora(
+        path, [f"transformer_blocks.{block}.{name}" for block in (0, 1) for name in ("attn.to_q", "attn.add_v_proj")]
+    )

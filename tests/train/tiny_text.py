@@ -10,7 +10,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     CLIPTextConfig,
     CLIPTokenizer,
-    T5Config,
     T5EncoderModel,
     T5TokenizerFast,
 )
@@ -67,9 +66,9 @@ def clip(cls: Any, tokenizer: Any, width: int) -> Any:
     return cls(config).eval()
 
 
-def t5(tokenizer: Any, width: int) -> Any:
-    """A T5 encoder of 2 layers."""
-    config = T5Config(
+def t5(tokenizer: Any, width: int, cls: Any = T5EncoderModel) -> Any:
+    """A T5 encoder of 2 layers, or another `cls` of its kind."""
+    config = cls.config_class(
         vocab_size=len(tokenizer),
         d_model=width,
         d_kv=8,
@@ -81,7 +80,7 @@ def t5(tokenizer: Any, width: int) -> Any:
         eos_token_id=1,
         decoder_start_token_id=0,
     )
-    return T5EncoderModel(config).eval()
+    return cls(config).eval()
 
 
 def vae(channels: int = 4) -> Any:

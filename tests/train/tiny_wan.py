@@ -19,9 +19,8 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from PIL import Image, ImageDraw
-from safetensors.torch import save_file
-from train import tiny_text
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
+from train import tiny, tiny_text
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, UMT5EncoderModel
 
 UNIPC = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 """The real one, for 480p."""
@@ -75,23 +74,6 @@ def transformer(channels: int, *, told: bool = False, clip: bool = False) -> Any
     ).eval()
 
 
-def text_encoder(words: Any) -> Any:
-    """A UMT5 of 2 layers."""
-    config = UMT5Config(
-        vocab_size=len(words),
-        d_model=16,
-        d_kv=8,
-        d_ff=32,
-        num_layers=2,
-        num_heads=2,
-        feed_forward_proj="gated-gelu",
-        pad_token_id=0,
-        eos_token_id=1,
-        decoder_start_token_id=0,
-    )
-    return UMT5EncoderModel(config).eval()
-
-
 def eyes() -> dict[str, Any]:
     """A CLIP of 3 layers, so that its last but one is neither first nor last."""
     config = CLIPVisionConfig(
@@ -121,7 +103,7 @@ def pipeline(
         words = tiny_text.t5_tokenizer()
         parts = {
             "tokenizer": words,
-            "text_encoder": text_encoder(words),
+            "text_encoder": tiny_text.t5(words, 16, UMT5EncoderModel),
             "vae": vae(patched=expand),
             "scheduler": UniPCMultistepScheduler(**UNIPC) if unipc else FlowMatchEulerDiscreteScheduler(shift=3.0),
             "transformer": transformer(CHANNELS[expand], told=told, clip=clip),
@@ -135,23 +117,14 @@ def pipeline(
 
 def save_pipeline(folder: Path, **options: Any) -> Path:
     """`pipeline(**options)` written to `folder`."""
-    made = pipeline(**options)
-    made.set_progress_bar_config(disable=True)
-    made.save_pretrained(folder)
-    return folder
+    return tiny.save(pipeline(**options), folder)
 
 
 def save_lightning(path: Path) -> Path:
     """A random LoRA for `pipeline`."""
-    generator = torch.Generator().manual_seed(1)
-    tensors = {}
-    for block in (0, 1):
-        for name in ("attn1.to_q", "attn2.to_v"):
-            module = f"transformer.blocks.{block}.{name}"
-            tensors[f"{module}.lora_A.weight"] = torch.randn(4, 24, generator=generator) * 0.3
-            tensors[f"{module}.lora_B.weight"] = torch.randn(24, 4, generator=generator) * 0.3
-    save_file(tensors, path)
-    return path
+    return tiny.save_lora(
+        path, [f"blocks.{block}.{name}" for block in (0, 1) for name in ("attn1.to_q", "attn2.to_v")], width=24
+    )
 
 
 def frames(count: int, size: tuple[int, int] = (32, 32), number: int = 0) -> list[Image.Image]:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
-from safetensors.torch import save_file
 from train import tiny, tiny_text
 from transformers import Qwen3Config, Qwen3Model
 
@@ -71,20 +70,9 @@ def pipeline(*, scheduler: dict[str, Any] | None = None) -> Any:
 
 def save_pipeline(folder: Path, **options: Any) -> Path:
     """`pipeline(**options)` written to `folder`."""
-    made = pipeline(**options)
-    made.set_progress_bar_config(disable=True)
-    made.save_pretrained(folder)
-    return folder
+    return tiny.save(pipeline(**options), folder)
 
 
 def save_lightning(path: Path) -> Path:
     """A random LoRA for `pipeline`."""
-    generator = torch.Generator().manual_seed(1)
-    tensors = {}
-    for block in (0, 1):
-        for name in ("to_q", "to_v"):
-            module = f"transformer.layers.{block}.attention.{name}"
-            tensors[f"{module}.lora_A.weight"] = torch.randn(4, 32, generator=generator) * 0.3
-            tensors[f"{module}.lora_B.weight"] = torch.randn(32, 4, generator=generator) * 0.3
-    save_file(tensors, path)
-    return path
+    return tiny.save_lora(path, [f"layers.{block}.attention.{name}" for block in (0, 1) for name in ("to_q", "to_v")])

@@ -34,10 +34,10 @@ class Setting(NamedTuple):
     guided: bool = False
 
 
-def grid_scenes() -> drawing.Scenes:
-    """Every shape three times, in the order of the dataset's other choices."""
-    scenes = drawing.random_scenes(COLUMNS, np.random.default_rng(8))
-    return scenes._replace(shape=np.arange(COLUMNS) % len(drawing.SHAPES))
+def grid_scenes(columns: int) -> drawing.Scenes:
+    """What is on the pictures of a grid: the shapes in turn."""
+    scenes = drawing.random_scenes(columns, np.random.default_rng(8))
+    return scenes._replace(shape=np.arange(columns) % len(drawing.SHAPES))
 
 
 def sample(bench: Bench, setting: Setting, prompts: list[str], seed: int) -> Tensor:
@@ -77,9 +77,9 @@ def measure(bench: Bench, base_steps: int) -> dict[str, object]:
         scores[setting.name] = referee.score(sample(bench, setting, prompts, seed=3), scenes)
         print(setting.name, scores[setting.name], flush=True)
         if setting.guided:
-            styled = drawing.captions(scenes, "ink")
-            unknown = f"{setting.name}, unknown style in the prompt"
-            scores[unknown] = referee.score(sample(bench, setting, styled, seed=3), scenes)
+            longer = [f"{prompt}, ink sketch" for prompt in prompts]
+            unknown = f"{setting.name}, unknown words behind the prompt"
+            scores[unknown] = referee.score(sample(bench, setting, longer, seed=3), scenes)
             print(unknown, scores[unknown], flush=True)
     return {
         "transformer_parameters": sum(value.numel() for value in bench.transformer().parameters()),
@@ -92,8 +92,8 @@ def measure(bench: Bench, base_steps: int) -> dict[str, object]:
 
 
 def draw_grids(bench: Bench, folder: Path) -> None:
-    """grid_fuse.png: base @2, base @16 with CFG, fused @2. grid_night.png: the style LoRA fused."""
-    scenes = grid_scenes()
+    """grid_fuse.png: base @2, fused @2, base @16 with CFG. grid_night.png: the style LoRA fused."""
+    scenes = grid_scenes(COLUMNS)
     prompts = drawing.captions(scenes)
     two, _, teacher, fused = settings(bench)
     rows = [sample(bench, setting, prompts, 4) for setting in (two, fused, teacher)]

@@ -32,7 +32,7 @@ _WORDS = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # Words that change nothing on the picture: the base learns to ignore what it does not know,
-# so a caption with the suffix of a new style still draws the plain picture.
+# so a caption with other words behind it still draws the plain picture.
 _FILLER_WORDS = (
     "watercolor",
     "photo",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,14 @@ import numpy as np
 import torch
 from diffusers import QwenImageTransformer2DModel
 from maker.bench import Bench
-from maker.evaluate import Setting, sample
+from maker.evaluate import Setting, grid_scenes, sample
 from maker.lightning import STEPS, TEACHER_STEPS
-from maker.pictures import drawn
+from maker.pictures import drawn, tensor_from
 from maker.vae import reconstruct, single_frame
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lorafuse_train.samples.health import read_health
 from trials.measure import Measure, load_judge
 from trials.variants import TrainedOn, Variant, variant_named
 from trials.workspace import COMMON, DEMO, Workspace, flags, write_json
@@ -27,7 +27,6 @@ from trials.workspace import COMMON, DEMO, Workspace, flags, write_json
 LORA = "pytorch_lora_weights.safetensors"
 COLUMNS = 10
 """Pictures of each kind that are kept for the grids."""
-GRID_SEED = 8
 DOMAINS = ("new", "old")
 SCHEDULES = {"few": (STEPS, False), "many": (TEACHER_STEPS, True)}
 """Name -> number of steps, and whether with guidance."""
@@ -58,9 +57,8 @@ def train(space: Workspace, variant: Variant, seed: int, out: Path) -> float:
     """Train through the command line, as a user would; returns seconds, with start-up and samples."""
     started = time.monotonic()
     options = {**COMMON, **variant.options, "seed": str(seed), "max_train_steps": str(space.steps)}
-    prompts = [
-        part for text in drawing.captions(grid_scenes(), space.style)[:8] for part in ("--validation_prompt", text)
-    ]
+    texts = drawing.captions(grid_scenes(COLUMNS), space.style)[:8]
+    prompts = [part for text in texts for part in ("--validation_prompt", text)]
     base = space.checkpoint(variant.trained_on)
     unfused = ["--allow_unfused_base"] if variant.trained_on is TrainedOn.ORIGINAL else []
     scaffold = variant.trained_on is TrainedOn.SCAFFOLD
@@ -74,17 +72,8 @@ def train(space: Workspace, variant: Variant, seed: int, out: Path) -> float:
 
 def health(out: Path) -> dict[str, float] | None:
     """The last figures of the few-step health that the training logged; None where its base has no few steps."""
-    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [row for row in map(json.loads, lines) if row.get("health_agreement") is not None]
-    if not rows:
-        return None
-    return {name: round(rows[-1][f"health_{name}"], 4) for name in ("agreement", "sharpness")}
-
-
-def grid_scenes() -> drawing.Scenes:
-    """What is on the pictures of the grids."""
-    scenes = drawing.random_scenes(COLUMNS, np.random.default_rng(GRID_SEED))
-    return scenes._replace(shape=np.arange(COLUMNS) % len(drawing.SHAPES))
+    found = read_health(out)
+    return {"agreement": round(found[-1].agreement, 4), "sharpness": round(found[-1].sharpness, 4)} if found else None
 
 
 @torch.no_grad()
@@ -113,7 +102,7 @@ def score_model(space: Workspace, base: Path, folder: Path, lora: Path | None) -
             setting = Setting("", model, steps, guided)
             pictures = sample(bench, setting, drawing.captions(scenes, style), seed=3)
             found[f"{domain} {schedule}"] = dataclasses.asdict(measure.score(pictures, scenes, style))
-            shown = sample(bench, setting, drawing.captions(grid_scenes(), style), seed=4)
+            shown = sample(bench, setting, drawing.captions(grid_scenes(COLUMNS), style), seed=4)
             save_pictures(shown, folder / f"{domain}-{schedule}.pt")
     return found
 
@@ -125,12 +114,13 @@ def score_drawn(space: Workspace) -> dict[str, dict[str, Any]]:
     for domain in DOMAINS:
         style = space.style if domain == "new" else "plain"
         pictures, scenes = drawn(space.samples, np.random.default_rng(31), style)
+        shown = tensor_from(drawing.draw(grid_scenes(COLUMNS), style))
         with single_frame():
             restored = torch.cat([reconstruct(bench.vae(), part) for part in torch.split(pictures, 128)])
+            shown = reconstruct(bench.vae(), shown)
         score = dataclasses.asdict(measure.score(restored, scenes, style))
         found |= {f"{domain} {schedule}": score for schedule in SCHEDULES}
         space.run_of("drawn").mkdir(parents=True, exist_ok=True)
-        shown = torch.from_numpy(drawing.draw(grid_scenes(), style)).permute(0, 3, 1, 2) * 2 - 1
         for schedule in SCHEDULES:
             save_pictures(shown, space.run_of("drawn") / f"{domain}-{schedule}.pt")
     return found

@@ -14,7 +14,7 @@ import torch
 from maker.text import all_captions
 
 from trials.measure import train_style_judge
-from trials.variants import TrainedOn
+from trials.variants import OLD_PROMPTS, TrainedOn
 
 DEMO = Path(__file__).parents[1]
 PICTURES = 128
@@ -56,14 +56,11 @@ class Workspace:
         """Pictures of the new style."""
         return self.out / f"dataset-{self.style}"
 
-    @property
-    def prompts(self) -> Path:
-        """What is preserved: the old domain's captions."""
-        return DEMO / "prompts.txt"
-
     def checkpoint(self, which: TrainedOn) -> Path:
         """A pipeline folder."""
-        return DEMO / "base" if which is TrainedOn.ORIGINAL else self.out / which
+        if which is TrainedOn.ORIGINAL:
+            return DEMO / "base"
+        return self.out / (f"{which}-{self.steps}" if which is TrainedOn.SCAFFOLD else which)
 
     def run_of(self, name: str) -> Path:
         """What belongs to one training, named by variant and seed, or to the base as it is."""
@@ -89,12 +86,12 @@ class Workspace:
 
     def _make_scaffold(self, fused: Path) -> None:
         """A de-distill adapter of the fused base, fused into it."""
-        adapter = self.out / "dedistill"
+        adapter = self.out / f"dedistill-{self.steps}"
         options = flags({**DEDISTILL, "max_train_steps": str(self.steps), "height": "64", "width": "64"})
         lora, out = adapter / "pytorch_lora_weights.safetensors", self.checkpoint(TrainedOn.SCAFFOLD)
         self.call(
             "lorafuse_train", "make-dedistill", "--fused_model", str(fused), "--output_path", str(adapter),
-            "--overwrite_output_dir", "--dedistill_prompts", str(self.prompts), "--dedistill_pictures", "256", *options,
+            "--overwrite_output_dir", "--dedistill_prompts", OLD_PROMPTS, "--dedistill_pictures", "256", *options,
         )  # fmt: skip
         self.call("lorafuse_fuse", "fuse", str(fused), "--lora", str(lora), "--role", "scaffold", "--out", str(out))
 

@@ -10,6 +10,15 @@ from pathlib import Path
 from lorafuse_common.errors import ConfigError
 
 from .plan import LoraRequest
+from .terminal import say
+
+
+def lora_request(text: str) -> LoraRequest:
+    """A LoRA as it is asked for, downloaded where its name is one on the hub."""
+    from .hub.repository import fetch_lora, locate_lora
+
+    asked = locate_lora(text, say)
+    return fetch_lora(asked, say) if asked else parse_lora(text)
 
 
 def parse_lora(text: str) -> LoraRequest:

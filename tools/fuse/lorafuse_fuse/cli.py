@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,7 +49,7 @@ from .options import (
 )
 from .plan import FusePlan, blocking, open_bases, plan_fuse
 from .stopping import Stopped, stopped_by_signals
-from .terminal import say
+from .terminal import facts_printed, say
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -93,7 +94,7 @@ def fuse_command(
     force: ForceOption = False,
 ) -> None:
     """Write a new checkpoint: BASE with the LoRAs added. BASE and the LoRAs are only read."""
-    from .fuse import FuseOptions, check_out, folder_identity, fuse, require_clean, require_widening
+    from .fuse import FuseOptions, check_out, fuse, require_clean, require_widening
     from .hub.base import Found, locate_base
     from .hub.names import HubLora
     from .hub.repository import fetch_lora, locate_lora
@@ -102,9 +103,7 @@ def fuse_command(
     from .usage import choose_usage
 
     allowed = tuple(allow or ())
-    facts: dict[str, Any] = {}
-    before = folder_identity(out)
-    try:
+    with _facts(out, as_json=as_json) as facts:
         asked = [locate_lora(text, say) or parse_lora(text) for text in lora]
         requests = [fetch_lora(found, say) if isinstance(found, HubLora) else found for found in asked]
         requests = with_alphas(requests, alpha or [])
@@ -123,7 +122,7 @@ def fuse_command(
 
         with source.headers() as found:
             plan = plan_for(found)
-            facts = plan_json(plan)
+            facts |= plan_json(plan)
             say(describe_plan(plan))
             check_out(plan, out)
             if report:
@@ -148,17 +147,22 @@ def fuse_command(
                 plan = plan_for(source.fetch())
                 check_out(plan, out)
             facts |= _announce(fuse(plan, options), out, report)
-    except LorafuseError as error:
-        facts["error"] = str(error)
-        raise
-    except Stopped as stop:
-        kept = folder_identity(out) == before
-        stop.message += ": nothing was written" if kept else f", but {out} was complete already"
-        facts["error"] = stop.message
-        raise
-    finally:
-        if as_json:
-            typer.echo(json.dumps(facts))
+
+
+@contextlib.contextmanager
+def _facts(out: Path, *, as_json: bool) -> Iterator[dict[str, Any]]:
+    """`facts_printed`, in which a signal that ended the run says what became of `out`."""
+    from .fuse import folder_identity
+
+    before = folder_identity(out)
+    with facts_printed(as_json=as_json) as facts:
+        try:
+            yield facts
+        except Stopped as stop:
+            kept = folder_identity(out) == before
+            stop.message += ": nothing was written" if kept else f", but {out} was complete already"
+            facts["error"] = stop.message
+            raise
 
 
 def _announce(result: Any, out: Path, report: Path | None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Collection
 
-from lorafuse_common.manifest import FusedLora, Manifest, Role
+from lorafuse_common.manifest import FusedLora, Manifest
 
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
@@ -34,8 +34,7 @@ def fuse_command(manifest: Manifest, extra: Collection[str] = ()) -> str:
         lines.append(f"--dtype {_DTYPES.get(manifest.dtype, manifest.dtype)}")
     if manifest.seed is not None:
         lines.append(f"--rounding stochastic --seed {manifest.seed}")
-    if manifest.role is Role.SCAFFOLD:
-        lines.append("--role scaffold")
+    lines.append(f"--role {manifest.role}")  # whatever the LoRAs' names and headers say of it
     if manifest.schedule is None:
         lines.append("--schedule none")
     elif manifest.schedule.source.startswith("--schedule "):

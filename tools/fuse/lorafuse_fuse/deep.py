@@ -147,3 +147,8 @@ def first_difference(first: TensorRef, second: TensorRef) -> int | None:
             if left != right:
                 return start + next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), 0)
     return None
+
+
+def stored_alike(first: TensorRef, second: TensorRef) -> bool:
+    """Whether two tensors of one shape have the same dtype and bytes."""
+    return first.dtype == second.dtype and first_difference(first, second) is None

@@ -40,13 +40,13 @@ class Editor:
         self._sums: dict[int, tuple[float, ...]] = {}
         self._left, self._counting = self._rows, threading.Lock()
         work = self._stored.work
-        self._patches: dict[str, list[tuple[Patch, Mapping[str, torch.Tensor]]]] = {}
+        self._patches: dict[int, list[tuple[Patch, Mapping[str, torch.Tensor]]]] = {}
         for patch in plan.patches[ref.name]:
             factors = {role: read_tensor(factor).to(work) for role, factor in patch.module.factors.items()}
             weight = Gathered(patch, plan.scales, work)
             prepared = patch.algebra.prepare(factors, weight, patch.scale, patch.module.alpha)
             ready = {role: factor.to(device) for role, factor in prepared.items()}
-            self._patches.setdefault(patch.lora, []).append((patch, ready))
+            self._patches.setdefault(patch.place, []).append((patch, ready))
         self._changed_by = tuple(self._patches)
         if ref.name in plan.scales:
             self._out = self._requantised()
@@ -134,7 +134,7 @@ class Editor:
         loss, gain = ((error / delta) ** 0.5, 1 - missing / delta) if delta else (0.0, 1.0)
         rms, delta_rms, *deltas = ((square / self.ref.numel) ** 0.5 for square in (weight, delta, *each))
         by_lora = dict(zip(self._changed_by, deltas or [delta_rms], strict=True))
-        alone = tuple(_digits(by_lora.get(lora, 0.0)) for lora in self._loras) if len(self._loras) > 1 else ()
+        alone = tuple(_digits(by_lora.get(place, 0.0)) for place in range(self._loras)) if self._loras > 1 else ()
         rms, delta_rms, loss, gain = map(_digits, (rms, delta_rms, loss, gain))
         return TensorChange(self.ref.name, self._component, rms, delta_rms, loss, gain, alone)
 

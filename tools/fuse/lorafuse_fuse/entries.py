@@ -52,6 +52,8 @@ class Patch:
 
     lora: str
     """The LoRA's label."""
+    place: int
+    """Which of the LoRAs that were asked for it is: one file may be asked for twice."""
     module: LoraModule
     algebra: Algebra
     shape: Shape

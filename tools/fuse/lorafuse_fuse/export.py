@@ -60,6 +60,8 @@ class Exported:
     loras: tuple[FusedLora, ...]
     """Those that were fused, the first fuse first."""
     layers: tuple[Layer, ...]
+    skipped: tuple[str, ...]
+    """Tensors that the LoRAs change, that are no matrices and were left out."""
     nbytes: int
 
 
@@ -146,7 +148,7 @@ def plan_sum(base: Checkpoint, found: Sequence[Ingredient], new: LoraRequest, co
     require_clean(replace(plan, problems=tuple(problems)), ())
     for its, now in zip(found, plan.loras, strict=False):
         lost = its.lora.ignored.get(ProblemKind.NOT_FINITE.value, 0)
-        if (now.applied - lost, now.scale) != (its.lora.applied, its.lora.scale) and not lost:
+        if (now.applied - lost, now.scale) != (its.lora.applied, its.lora.scale):
             raise PlanError(
                 f"{its.path}: would be applied as {now.applied} modules at scale {now.scale}; it was fused as "
                 f"{its.lora.applied} at {its.lora.scale}. A configuration beside the file may have changed"
@@ -174,7 +176,7 @@ def export(
         PlanError: some of them cannot be added up; says which and why.
         ConvertError, OutputError: it cannot be written so, or there.
     """
-    from .lora_out import require_place, require_vectors, write_lora
+    from .lora_out import Vectors, require_place, require_vectors, write_lora
     from .merge import merged, modules_of, obstacles
     from .progress import ByteProgress
 
@@ -188,12 +190,17 @@ def export(
         )
     modules = modules_of(base)
     require_place(target.out, [new.path, *(its.path for its in found), *(file.path for file in base.files)])
-    require_vectors([name for name in only.patches if not modules[name].is_matrix], target)
+    vectors = tuple(name for name in only.patches if not modules[name].is_matrix)
+    require_vectors(vectors, target)
+    skipped = vectors if target.vectors is Vectors.SKIP else ()
+    if len(skipped) == len(only.patches):
+        raise PlanError("nothing was written: the LoRAs change no matrices, and --vectors skip leaves out the rest")
     total = sum(ref.nbytes for patches in only.patches.values() for p in patches for ref in p.module.factors.values())
     sums = []
     with ByteProgress("adding up", total) as progress:
         for name, patches in only.patches.items():
-            sums.append(merged(modules[name], patches, rank))
+            if name not in skipped:
+                sums.append(merged(modules[name], patches, rank))
             progress(sum(ref.nbytes for patch in patches for ref in patch.module.factors.values()))
     metadata = _metadata(manifest, found, new, base, rank)
     nbytes = write_lora(sums, base, target, metadata)
@@ -201,7 +208,7 @@ def export(
         Layer(its.module.name, its.module.parameter, its.ranks, its.pair.rank if its.pair else 0, its.error)
         for its in sums
     )
-    return Exported(target.out, tuple(its.lora for its in found), layers, nbytes)
+    return Exported(target.out, tuple(its.lora for its in found), layers, skipped, nbytes)
 
 
 def _metadata(

@@ -20,6 +20,7 @@ from lorafuse_common.hashing import sha256_of
 from lorafuse_common.manifest import FileRecord, Manifest, weights_sha256
 from lorafuse_common.tensorfile import TensorRef
 
+from .deep import stored_alike
 from .entries import LoraRequest
 from .plan import ComponentPlan, plan_fuse
 from .progress import ByteProgress
@@ -108,7 +109,7 @@ def compare(folder: Path, base: Checkpoint, exported: Path, new: LoraRequest, co
         for name, ref in base.tensors.items():
             if name in whole.patches or name in extra.patches:
                 layers.append(_layer(whole, extra, ref, fused.tensors[name]))
-            elif _differs(ref, fused.tensors[name]):
+            elif not stored_alike(ref, fused.tensors[name]):
                 strangers.append(name)
             progress(ref.nbytes)
     return Comparison(tuple(layers), tuple(strangers))
@@ -130,18 +131,12 @@ def _norm(values: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(values))
 
 
-def _differs(one: TensorRef, other: TensorRef) -> bool:
-    from .deep import first_difference
-
-    return one.dtype != other.dtype or first_difference(one, other) is not None
-
-
 def describe_comparison(found: Comparison, largest: int = 5) -> list[str]:
     """A summary line and the tensors that are furthest off."""
     worst: Sequence[LayerError] = sorted(found.layers, key=lambda layer: -layer.relative)[:largest]
     lines = [
         f"original base + this LoRA against fused + new LoRA: error {found.relative:.2g} of all that the LoRAs do, in "
-        f"{len(found.layers)} tensors; most of it is the rounding of the fused file. Furthest off:"
+        f"{len(found.layers)} tensors: what rounding the fused file took, and compression. Furthest off:"
     ]
     lines += [f"  {layer.relative:8.2g}  {layer.name}" for layer in worst]
     if found.strangers:

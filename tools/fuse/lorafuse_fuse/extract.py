@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from .lora_out import Target
     from .merge import Module, Sum
 
-_SHOWN = 5
 _ROWS_BYTES = 64 << 20
 """What is read of a tensor at a time."""
 
@@ -71,6 +70,8 @@ def require_alike(fused: Checkpoint, base: Checkpoint) -> None:
     Raises:
         CheckpointError: naming tensors that only one has, that have other shapes, or that are no numbers.
     """
+    from .deep import stored_alike
+
     ours, theirs = _own(fused), _own(base)
     faults = [
         f"{len(names)} tensors are only in {where.label} (first: {names[0]})"
@@ -78,11 +79,13 @@ def require_alike(fused: Checkpoint, base: Checkpoint) -> None:
         if names
     ]
     both = [name for name in ours if name in theirs]
-    if shapes := [name for name in both if ours[name].shape != theirs[name].shape]:
+    shapes = [name for name in both if ours[name].shape != theirs[name].shape]
+    if shapes:
         one, other = ours[shapes[0]].shape, theirs[shapes[0]].shape
         faults.append(f"{len(shapes)} tensors have other shapes (first: {shapes[0]}, {list(one)} and {list(other)})")
     known = FLOAT_DTYPES.keys() | FP8_DTYPES
-    if odd := [n for n in both if ours[n].dtype != theirs[n].dtype and not {ours[n].dtype, theirs[n].dtype} <= known]:
+    numberless = [n for n in both if n not in shapes and not {ours[n].dtype, theirs[n].dtype} <= known]
+    if odd := [n for n in numberless if not stored_alike(ours[n], theirs[n])]:
         faults.append(
             f"{len(odd)} tensors are of types that cannot be compared (first: {odd[0]}, {ours[odd[0]].dtype})"
         )
@@ -137,12 +140,13 @@ def extract(
         for module, ref in changed:
             if module.is_matrix or target.vectors is not Vectors.SKIP:
                 its, figures = _extracted(module, ref, scales, (rank, energy), device)
-                if figures.norm:  # fp8 weights may be stored otherwise and mean the same
-                    sums.append(its)
-                    found.append(figures)
+                sums.append(its)
+                found.append(figures)
             progress(module.ref.nbytes)
     if not found:
-        raise CheckpointError(f"{fused.label} and {base.label} hold the same numbers: there is nothing to extract")
+        raise CheckpointError(
+            f"{fused.label} and {base.label}: no matrices differ, and --vectors skip leaves out the rest"
+        )
     nbytes = write_lora(sums, base, target, _metadata(fused, base, rank, energy))
     skipped = tuple(vectors) if target.vectors is Vectors.SKIP else ()
     return Extracted(tuple(found), skipped, len(_own(base)) - len(found) - len(skipped), nbytes)
@@ -151,8 +155,8 @@ def extract(
 def _changed(
     fused: Checkpoint, base: Checkpoint, progress: Callable[[int], object]
 ) -> Iterator[tuple[Module, TensorRef]]:
-    """The modules of the base whose tensors differ, with the fused tensor."""
-    from .deep import first_difference
+    """The modules of the base whose numbers differ, however they are stored, with the fused tensor."""
+    from .deep import stored_alike
     from .merge import modules_of
 
     ours, scales = _own(fused), (_scales(fused), _scales(base))
@@ -160,7 +164,7 @@ def _changed(
     for name, ref in _own(base).items():
         made = ours[name]
         rescaled = ref.name in scales[1] or made.name in scales[0]
-        if ref.dtype != made.dtype or rescaled or first_difference(ref, made) is not None:
+        if (rescaled or not stored_alike(ref, made)) and bool(_difference(ref, made, scales)[0].any()):
             yield modules[ref.name], made
         progress(ref.nbytes + made.nbytes)
 
@@ -240,6 +244,8 @@ def _identity(checkpoint: Checkpoint) -> str:
 
 def describe_extraction(result: Extracted, largest: int | None = None) -> list[str]:
     """A line for each tensor, or for those with the largest error; and the sum."""
+    from .lora_out import describe_skipped
+
     ordered: Sequence[Found] = sorted(result.found, key=lambda its: -its.error) if largest else result.found
     lines = [f"{'rank':>6} {'of weight':>10} {'left out':>9}  tensor"]
     lines += [f"{its.rank or '-':>6} {its.share:10.2%} {its.error:9.2%}  {its.name}" for its in ordered[:largest]]
@@ -249,7 +255,4 @@ def describe_extraction(result: Extracted, largest: int | None = None) -> list[s
         f"{matrices} matrices{f' and {others} other tensors' if others else ''} differ, {result.equal} are equal; "
         f"the rank leaves out {result.error:.2%} of the difference"
     )
-    if result.skipped:
-        names = ", ".join(result.skipped[:_SHOWN])
-        lines.append(f"left out: {len(result.skipped)} tensors that differ and are no matrices ({names})")
-    return lines
+    return lines + describe_skipped(result.skipped)

@@ -77,7 +77,7 @@ class FewStep:
         """The noise levels, at 1024x1024 where they depend on the size."""
         if self.family == "flux2":
             return dynamic_sigmas(math.exp(klein_mu(TOKENS, steps)), steps)
-        return scheduler_sigmas(self.scheduler, steps)
+        return scheduler_sigmas(self.scheduler, steps, asks=self.family != "sd3")
 
     @property
     def depends_on_size(self) -> bool:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorafuse_common.errors import LorafuseError
-
-from .asking import parse_lora
+from .asking import lora_request
 from .convert import Losable
 from .options import (
     ComponentOption,
@@ -25,7 +23,7 @@ from .options import (
     ToOption,
 )
 from .plan import LoraRequest
-from .terminal import printable, say
+from .terminal import facts_printed, printable, say
 
 if TYPE_CHECKING:
     from .verify import GivenLora
@@ -63,18 +61,11 @@ def convert_command(
     from .convert import convert, describe_conversion
 
     leaves_others = Losable.OTHER_COMPONENT in (allow or [])
-    facts: dict[str, Any] = {}
-    try:
-        facts = convert(
+    with facts_printed(as_json=as_json) as facts:
+        facts |= convert(
             lora, to, out, base=base, family=family, component=component, leaves_others=leaves_others, force=force
         )
         say(describe_conversion(facts))
-    except LorafuseError as error:
-        facts["error"] = str(error)
-        raise
-    finally:
-        if as_json:
-            typer.echo(json.dumps(facts))
 
 
 def verify_command(
@@ -94,20 +85,13 @@ def verify_command(
     from .hub.base import locate_base
     from .verify import describe_verification, recorded, verification_json, verify
 
-    facts: dict[str, Any] = {}
-    try:
+    with facts_printed(as_json=as_json) as facts:
         folder, manifest = recorded(fused)
         source = locate_base(base, {its.component for its in manifest.loras}, say) if base else None
         given = [_given(text) for text in lora or []]
         found = verify(folder, manifest, source.fetch().path if source else None, given, deep=deep)
-        facts = verification_json(found)
+        facts |= verification_json(found)
         say(describe_verification(found))
-    except LorafuseError as error:
-        facts["error"] = str(error)
-        raise
-    finally:
-        if as_json:
-            typer.echo(json.dumps(facts))
     raise typer.Exit(1 if found.faults else 0)
 
 
@@ -128,10 +112,8 @@ def report_command(
 
 def _given(text: str) -> GivenLora:
     """A LoRA to verify, with its strength only where that is stated."""
-    from .hub.repository import fetch_lora, locate_lora
     from .verify import GivenLora
 
-    asked = locate_lora(text, say)
-    request = fetch_lora(asked, say) if asked else parse_lora(text)
+    request = lora_request(text)
     is_stated = not Path(text).exists() and re.search(r":[-+.\deE]+(@[A-Za-z]\w*)?$", text)
     return GivenLora(request.path, request.strength if is_stated else None, request.component)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -10,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorafuse_common.errors import ConfigError, LorafuseError
+from lorafuse_common.errors import ConfigError
 
-from .asking import parse_lora
+from .asking import lora_request
 from .convert import dialect_named
 from .options import STORED_AS, ComponentOption, Device, DeviceOption, Dtype, JsonOption, ReplaceOption
 from .plan import LoraRequest
 from .progress import size_text
-from .terminal import say
+from .terminal import facts_printed, say
 
 if TYPE_CHECKING:
     from lorafuse_common.manifest import Manifest
@@ -91,16 +90,10 @@ def export_command(
     force: ReplaceOption = False,
 ) -> None:  # fmt: skip
     """Write one LoRA for the original base that holds the fused LoRAs and NEW_LORA."""
-    facts: dict[str, Any] = {"for": to_use_with.value}
-    try:
+    with facts_printed(as_json=as_json) as facts:
+        facts["for"] = to_use_with.value
         target = _target(out, to, dtype, vectors, force=force)
         facts |= _export(new, fused, target, lora or [], rank, base, component, allowed=allow_base_mismatch)
-    except LorafuseError as error:
-        facts["error"] = str(error)
-        raise
-    finally:
-        if as_json:
-            typer.echo(json.dumps(facts))
 
 
 def _target(out: Path, to: str, dtype: Dtype, vectors: VectorsChoice, *, force: bool) -> Target:
@@ -127,8 +120,8 @@ def _export(
     from .verify import recorded
 
     folder, manifest = recorded(fused)
-    request = _new_lora(new)
-    request = LoraRequest(lora_file(request.path), request.strength)
+    asked = lora_request(new)
+    request = LoraRequest(lora_file(asked.path), asked.strength)
     chosen = component or manifest.component
     found, dropped = ingredients(folder, manifest, chosen, given)
     if note := require_trained_on(request.path, folder, manifest, allowed=allowed):
@@ -136,6 +129,8 @@ def _export(
     if dropped:
         names = ", ".join(lora.name for lora in dropped)
         say(f"role scaffold: {names} was there for the training only, and is not in the result")
+        if base:
+            say(f"not compared with {folder}, which holds the scaffold")
     if not found:
         raise ConfigError(
             f"{request.path}: is for the original base as it is, as {folder} holds nothing that stays at inference; "
@@ -151,8 +146,9 @@ def _export(
         "out": str(result.out),
         "bytes": result.nbytes,
         "layers": [asdict(x) for x in result.layers],
+        "skipped": result.skipped,
     }
-    if original:
+    if original and not dropped:
         comparison = compare(folder, original, target.out, request, chosen)
         for line in describe_comparison(comparison):
             say(line)
@@ -161,20 +157,16 @@ def _export(
     return facts
 
 
-def _new_lora(text: str) -> LoraRequest:
-    from .hub.repository import fetch_lora, locate_lora
-
-    asked = locate_lora(text, say) if not Path(text).exists() else None
-    return fetch_lora(asked, say) if asked else parse_lora(text)
-
-
 def _describe_export(result: Exported, manifest: Manifest, new: LoraRequest, rank: int | None) -> list[str]:
+    from .lora_out import describe_skipped
+
     names = [f"{lora.name} x {lora.strength:g}" for lora in result.loras]
-    ranks = [layer.rank for layer in result.layers if layer.rank]
+    ranks = [layer.rank for layer in result.layers if layer.rank] or [0]
     span = f"rank {min(ranks)}" if min(ranks) == max(ranks) else f"ranks {min(ranks)} to {max(ranks)}"
     lines = [
         f"export {' + '.join([*names, f'{new.path.name} x {new.strength:g}'])}",
         f"{len(result.layers)} tensors, {span}, {size_text(result.nbytes)}: {result.out}",
+        *describe_skipped(result.skipped),
     ]
     if rank:
         lines.append(f"{'ranks':>6} {'kept':>5} {'error':>9}  layer (error: what compression took, of the whole delta)")
@@ -213,28 +205,21 @@ def extract_command(
     force: ReplaceOption = False,
 ) -> None:
     """Write the difference of two checkpoints as a LoRA for BASE."""
-    facts: dict[str, Any] = {}
-    try:
-        from lorafuse_common.checkpoint import open_checkpoint
+    from lorafuse_common.checkpoint import open_checkpoint
 
-        from .execute import check_device
-        from .extract import describe_extraction, extract
+    from .execute import check_device
+    from .extract import describe_extraction, extract
 
+    with facts_printed(as_json=as_json) as facts:
         target = _target(out, to, dtype, vectors, force=force)
         check_device(device)
         ours = _component_for(fused, component)
         checkpoints = (open_checkpoint(fused, ours), open_checkpoint(base, _component_for(base, component)))
         result = extract(*checkpoints, target, rank=rank, energy=energy, device=device)
-        facts = asdict(result) | {"error": result.error, "out": str(out)}
+        facts |= asdict(result) | {"error": result.error, "out": str(out)}
         for line in describe_extraction(result):
             say(line)
         say(f"{out}: {size_text(result.nbytes)}")
-    except LorafuseError as error:
-        facts["error"] = str(error)
-        raise
-    finally:
-        if as_json:
-            typer.echo(json.dumps(facts))
 
 
 def _component_for(path: Path, component: str | None) -> str | None:

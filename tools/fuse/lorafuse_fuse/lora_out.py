@@ -49,7 +49,7 @@ class Target:
 
 
 def require_place(out: Path, inputs: Sequence[Path]) -> None:
-    """Refuse a place that would harm an input, or where another file would change what the LoRA means.
+    """Refuse a place that would harm an input, or that is none for a LoRA.
 
     Raises:
         OutputError: it says why.
@@ -75,6 +75,12 @@ def require_vectors(names: Sequence[str], target: Target) -> None:
         )
 
 
+def describe_skipped(names: Sequence[str]) -> list[str]:
+    """A line about changes that are left out, if there are any."""
+    shown = ", ".join(names[:_SHOWN])
+    return [f"left out: {len(names)} tensors that differ and are no matrices ({shown})"] if names else []
+
+
 def write_lora(sums: Sequence[Sum], base: Checkpoint, target: Target, metadata: Mapping[str, str]) -> int:
     """Write the sums as a LoRA for `base` and return its size; scales are in B.
 
@@ -82,8 +88,6 @@ def write_lora(sums: Sequence[Sum], base: Checkpoint, target: Target, metadata: 
         ConvertError: the dialect cannot hold some of them.
         OutputError: it may not, or cannot, be written there.
     """
-    if target.vectors is Vectors.SKIP:
-        sums = [its for its in sums if its.pair]
     spelled = DIFFUSERS if base.layout is None or base.layout.name == "diffusers" else COMFY
     tensors = _tensors(sums, spelled, target.dtype)
     written = {"format": "pt", **metadata}

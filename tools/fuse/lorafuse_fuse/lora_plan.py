@@ -31,7 +31,8 @@ class Planned:
     widened: dict[str, Shape] = field(default_factory=dict)
 
 
-def plan_lora(ground: Ground, request: LoraRequest, requests: Sequence[LoraRequest]) -> Planned:
+def plan_lora(ground: Ground, requests: Sequence[LoraRequest], place: int) -> Planned:
+    request = requests[place]
     label, component = request.label, ground.base.component
     try:
         lora = read_lora(request.path, component)
@@ -46,7 +47,7 @@ def plan_lora(ground: Ground, request: LoraRequest, requests: Sequence[LoraReque
     fits = _fit_modules(ground, lora, match, request, _elsewhere(request, requests))
     problems += fits.problems
     patches = [
-        (tensor, _patch(request, module, fitted, tensor))
+        (tensor, _patch(request, place, module, fitted, tensor))
         for module, fitted in fits.fitted
         for tensor in dict.fromkeys(run.weight.name for run in fitted.runs)
     ]
@@ -79,9 +80,10 @@ def _elsewhere(request: LoraRequest, requests: Sequence[LoraRequest]) -> set[str
     }
 
 
-def _patch(request: LoraRequest, module: LoraModule, fitted: Fitted, tensor: str) -> Patch:
+def _patch(request: LoraRequest, place: int, module: LoraModule, fitted: Fitted, tensor: str) -> Patch:
     runs = tuple(run for run in fitted.runs if run.weight.name == tensor)
-    return Patch(request.label, module, fitted.algebra, fitted.shape, fitted.scale, request.strength, runs, fitted.runs)
+    rule = fitted.algebra, fitted.shape, fitted.scale
+    return Patch(request.label, place, module, *rule, request.strength, runs, fitted.runs)
 
 
 class _Fits(NamedTuple):

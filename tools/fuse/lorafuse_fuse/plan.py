@@ -47,8 +47,8 @@ class ComponentPlan:
     """Tensor -> how it is stored, where that changes."""
     seed: int | None = None
     """Of stochastic rounding; None rounds to the nearest."""
-    loras: tuple[str, ...] = ()
-    """The labels of all LoRAs of the fuse, in their order, those for another component too."""
+    loras: int = 1
+    """How many LoRAs the fuse has, those for another component included."""
 
     @property
     def scale_owners(self) -> dict[str, str]:
@@ -144,9 +144,9 @@ def plan_fuse(
     patches: list[dict[str, list[Patch]]] = [{} for _ in grounds]
     widened: list[dict[str, Shape]] = [{} for _ in grounds]
     plans, problems = [], []
-    for request in requests:
+    for place, request in enumerate(requests):
         index = next((i for i, g in enumerate(grounds) if request.component == g.base.component), 0)
-        planned = plan_lora(grounds[index], request, requests)
+        planned = plan_lora(grounds[index], requests, place)
         plans.append(planned.plan)
         problems += planned.problems
         for tensor, shape in planned.widened.items():
@@ -155,8 +155,7 @@ def plan_fuse(
             patches[index].setdefault(tensor, []).append(patch)
     components = tuple(
         replace(
-            _component(ground, {name: tuple(ps) for name, ps in found.items()}, wide, dtype, seed),
-            loras=tuple(request.label for request in requests),
+            _component(ground, {name: tuple(ps) for name, ps in found.items()}, wide, dtype, seed), loras=len(requests)
         )
         for ground, found, wide in zip(grounds, patches, widened, strict=True)
     )

@@ -31,8 +31,7 @@ _ADVICE = {
 def describe_problems(plan: FusePlan, problems: Sequence[Problem]) -> str:
     """All problems grouped by LoRA and kind, with counts, first names and the likeliest cause."""
     lines = [f"nothing was written: {len(problems)} problem{'s' if len(problems) > 1 else ''}"]
-    for lora in plan.loras:
-        name = lora.request.label
+    for name, lora in {lora.request.label: lora for lora in plan.loras}.items():
         ours = [problem for problem in problems if problem.lora == name]
         if not ours:
             continue

@@ -52,12 +52,11 @@ def _from_file(path: Path, steps: int | None) -> Schedule:
     scheduler, guidance = found.get("scheduler"), found.get("guidance_scale", 1.0)
     if scheduler is not None and not isinstance(scheduler, dict):
         raise ConfigError(f"{where}: scheduler is no JSON object; expected a diffusers scheduler's config")
-    if isinstance(guidance, bool) or not isinstance(guidance, int | float) or not math.isfinite(guidance):
+    if isinstance(guidance, bool) or not isinstance(guidance, int | float):
         raise ConfigError(f"{where}: guidance_scale is {guidance!r}; expected a number, 1 for none")
     levels = _levels_of(where, found, scheduler, steps)
-    return replace(
-        checked_schedule(levels, float(guidance), where), source=f"--schedule {path.name}", scheduler=scheduler
-    )
+    source = f"--schedule {path.name}{f':{steps}' if steps else ''}"
+    return replace(checked_schedule(levels, float(guidance), where), source=source, scheduler=scheduler)
 
 
 def _levels_of(
@@ -96,8 +95,10 @@ def checked_schedule(values: Sequence[object], guidance_scale: float, source: st
     """A schedule of these noise levels.
 
     Raises:
-        ConfigError: they are no numbers, or do not fall between 1 and 0.
+        ConfigError: they are no numbers, or do not fall between 1 and 0; or the guidance is no finite number.
     """
+    if not math.isfinite(guidance_scale):
+        raise ConfigError(f"{source}: guidance_scale is {guidance_scale}; expected a number, 1 for none")
     try:
         sigmas = tuple(float(str(value)) for value in values)
     except ValueError:

@@ -1,6 +1,6 @@
 """The noise levels that diffusers' `FlowMatchEulerDiscreteScheduler` visits, without importing diffusers.
 
-u_k     = 1 - k / n                       even levels, as the pipelines ask for them
+u_k     = 1 - k / n                       even levels, as most pipelines ask for them
 static  : sigma = s u / (1 + (s - 1) u)   s = `shift`
 dynamic : sigma = e / (e + 1 / u - 1)     e = exp(mu), or mu where `time_shift_type` is linear
 mu      = base_shift + (max_shift - base_shift) (L - base_len) / (max_len - base_len)     L = tokens of a picture
@@ -25,6 +25,12 @@ def even_levels(steps: int) -> tuple[float, ...]:
     return tuple(1 - k / steps for k in range(steps))
 
 
+def own_levels(shift: float, steps: int) -> tuple[float, ...]:
+    """What a scheduler of fixed shift takes by itself: even levels from 1 to its lowest, which is shifted already."""
+    lowest = shift * 1e-3 / (1 + (shift - 1) * 1e-3)
+    return tuple(1 - (1 - lowest) * k / max(1, steps - 1) for k in range(steps))
+
+
 def depends_on_size(config: Mapping[str, object]) -> bool:
     """Whether a scheduler's noise levels are other ones for other sizes of the picture."""
     if not config.get("use_dynamic_shifting"):
@@ -32,8 +38,12 @@ def depends_on_size(config: Mapping[str, object]) -> bool:
     return _number(config, "base_shift", 0.5) != _number(config, "max_shift", 1.15)
 
 
-def scheduler_sigmas(config: Mapping[str, object], steps: int, tokens: int = TOKENS) -> tuple[float, ...]:
+def scheduler_sigmas(
+    config: Mapping[str, object], steps: int, tokens: int = TOKENS, *, asks: bool = True
+) -> tuple[float, ...]:
     """The noise levels of a scheduler's config (as `scheduler_config.json` holds it) for pictures of `tokens`.
+
+    `asks`: whether the pipeline asks for even levels; SD3's does not, and gets those that the scheduler takes.
 
     Raises:
         ConfigError: it is another scheduler, or one whose levels are made in another way.
@@ -48,7 +58,8 @@ def scheduler_sigmas(config: Mapping[str, object], steps: int, tokens: int = TOK
         sigmas = dynamic_sigmas(mu if config.get("time_shift_type") == "linear" else math.exp(mu), steps)
     else:
         shift = _number(config, "shift", 1.0)
-        sigmas = tuple(shift * u / (1 + (shift - 1) * u) for u in even_levels(steps))
+        levels = even_levels(steps) if asks else own_levels(shift, steps)
+        sigmas = tuple(shift * u / (1 + (shift - 1) * u) for u in levels)
     terminal = _number(config, "shift_terminal", 0.0)
     if terminal and steps > 1:
         scale = (1 - terminal) / (1 - sigmas[-1])

@@ -1,8 +1,15 @@
-"""Texts that files bring along, on a terminal: their control characters are shown, not obeyed."""
+"""What commands print: lines for people, of which control characters are shown, not obeyed; and JSON for programs."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
 import typer
+
+from lorafuse_common.errors import LorafuseError
 
 
 def printable(text: str) -> str:
@@ -15,3 +22,17 @@ def printable(text: str) -> str:
 def say(text: str) -> None:
     """A line for people, on stderr."""
     typer.echo(printable(text), err=True)
+
+
+@contextlib.contextmanager
+def facts_printed(*, as_json: bool) -> Iterator[dict[str, Any]]:
+    """What a command finds out, to be filled in; printed at its end, with its error if there was one."""
+    facts: dict[str, Any] = {}
+    try:
+        yield facts
+    except LorafuseError as error:
+        facts["error"] = str(error)
+        raise
+    finally:
+        if as_json:
+            typer.echo(json.dumps(facts))

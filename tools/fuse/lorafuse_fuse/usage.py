@@ -139,12 +139,8 @@ def _of_lora(lora: LoraPlan, base: Checkpoint, remarks: list[str]) -> Schedule |
     name, names = lora.request.path.name, _names_of(lora)
     found = recognise(names, _family(base), (Kind.FEW_STEP_LORA, Kind.DEDISTILL))
     few = [its for its in found if its.known.kind is Kind.FEW_STEP_LORA]
-    if len(few) > 1:
-        texts = " and ".join(f"{its.known.title}, {its.steps} steps ({its.where})" for its in few)
-        remarks.append(f"{name}: its names mean {texts}; no few-step schedule is recorded, {_OVERRIDE}")
-        return None
     if few:
-        return _known(few[0], name, remarks, lora.request.strength)
+        return _known(few, name, remarks, lora.request.strength)
     if not found and (looks := looks_few_step(names, _family(base))):
         remarks.append(
             f"{name}: {looks[0]} has {looks[1]!r} in it, but it is no few-step LoRA that is known here, so no schedule "
@@ -153,17 +149,22 @@ def _of_lora(lora: LoraPlan, base: Checkpoint, remarks: list[str]) -> Schedule |
     return None
 
 
-def _known(found: Recognised, name: str, remarks: list[str], strength: float = 1.0) -> Schedule:
-    known = found.known
+def _known(found: Sequence[Recognised], name: str, remarks: list[str], strength: float = 1.0) -> Schedule | None:
+    """The schedule that a file's names mean; None where they mean several."""
+    if len(found) > 1:
+        texts = " and ".join(f"{its.known.title}, {its.steps} steps ({its.where})" for its in found)
+        remarks.append(f"{name}: its names mean {texts}; no few-step schedule is recorded, {_OVERRIDE}")
+        return None
+    known, steps = found[0].known, found[0].steps
     schedule = Schedule(
-        sigmas=known.sigmas(found.steps),
+        sigmas=known.sigmas(steps),
         guidance_scale=known.guidance_scale,
         source=f"{name} ({known.title})",
         scheduler=dict(known.scheduler),
     )
     size = ", at 1024x1024" if known.depends_on_size else ""
     remarks.append(
-        f"{name} is {known.title}, by {found.where}: {found.steps} steps at {_levels(schedule)}{size}, guidance "
+        f"{name} is {known.title}, by {found[0].where}: {steps} steps at {_levels(schedule)}{size}, guidance "
         f"{known.guidance_scale:g} ({known.source}); {_OVERRIDE}"
     )
     if known.kind is Kind.FEW_STEP_LORA and 0 < strength != known.strength:
@@ -176,9 +177,9 @@ def _of_base(base: Checkpoint, remarks: list[str]) -> Schedule | None:
     manifest: Manifest | None = base_manifest(base)
     if manifest:
         return manifest.schedule
-    names = _names_of_base(base)
-    found = recognise(names, _family(base), (Kind.FEW_STEP_BASE,))
-    return _known(found[0], base.root.name, remarks) if len(found) == 1 else None
+    found = recognise(_names_of_base(base), _family(base), (Kind.FEW_STEP_BASE,))
+    name = base.origin.repo if base.origin else base.root.absolute().name
+    return _known(found, name, remarks) if found else None
 
 
 def _names_of_base(base: Checkpoint) -> dict[str, str]:

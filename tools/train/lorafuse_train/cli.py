@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
@@ -11,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from lorafuse_common.errors import LorafuseError
-from lorafuse_train.console import only_errors
+from lorafuse_train.console import is_main, only_errors
 from lorafuse_train.options.option import Option
 from lorafuse_train.options.options import OPTIONS, resolve_config
 from lorafuse_train.samples.sample_options import SAMPLE_OPTIONS, resolve_sample
@@ -183,5 +182,5 @@ def main() -> None:
 
 def _complain(message: str) -> None:
     """Say it once: under `accelerate launch` only the main process does."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_main():
         typer.echo(message, err=True)

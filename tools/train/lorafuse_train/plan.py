@@ -15,7 +15,7 @@ from lorafuse_train.base import Base, check_parts, open_base
 from lorafuse_train.console import say
 from lorafuse_train.dataset.check_text import describe_in_short
 from lorafuse_train.dataset.data import Prompt, Sample, read_dataset
-from lorafuse_train.dataset.masks import Grid, Masks, read_masks
+from lorafuse_train.dataset.masks import Grid, Masks, masked, read_masks
 from lorafuse_train.dataset.order import Order
 from lorafuse_train.dataset.pictures import geometry
 from lorafuse_train.few_step.objective_base import Objective, plan_objective
@@ -113,8 +113,8 @@ def _masks(config: TrainConfig, parts: Split, grid: Grid) -> tuple[Masks | None,
     if masks is None:
         return None, None
     say(f"masks: for {len(masks.grids)} of {len(parts.training)} pictures")
-    masked = [sample for sample in parts.held_out if config.mask_column is None or sample.mask]
-    return masks, read_masks(config, masked, grid) if masked else None
+    having = masked(config, parts.held_out)
+    return masks, read_masks(config, having, grid) if having else None
 
 
 def latent_grid(recipe: Recipe, pipeline: Path) -> Grid:

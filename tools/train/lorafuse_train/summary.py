@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lorafuse_train.base import Base, absent_parts, fused_loras
 from lorafuse_train.dataset.data import Sample
-from lorafuse_train.dataset.video_usage import fixed_sigmas, pipeline_class, takes_sigmas, video_lines
 from lorafuse_train.lora.adapter import FILE_NAME
 from lorafuse_train.lora.lora_file import load_arguments
 from lorafuse_train.lora.ranks import module_strengths, trainable
@@ -17,6 +16,7 @@ from lorafuse_train.lora.targets import Targets
 from lorafuse_train.options.config import TrainConfig
 from lorafuse_train.recipes.recipe import Recipe
 from lorafuse_train.samples.sample import Schedule
+from lorafuse_train.video_usage import fixed_sigmas, pipeline_class, takes_sigmas, video_lines
 
 if TYPE_CHECKING:
     from lorafuse_train.plan import Plan

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +22,13 @@ from lorafuse_common.families import family_of_class
 from lorafuse_train.console import only_errors, say
 from lorafuse_train.dataset.captions import measure_captions
 from lorafuse_train.dataset.check_text import describe_statistics
-from lorafuse_train.dataset.data import Sample, Survey, survey_dataset
+from lorafuse_train.dataset.data import FaultyDataset, Survey, survey_dataset
 from lorafuse_train.dataset.dataset_statistics import Statistics, gather_statistics
-from lorafuse_train.dataset.masks import read_masks
+from lorafuse_train.dataset.headers import read_header
+from lorafuse_train.dataset.masks import Grid, masked, read_masks
 from lorafuse_train.dataset.picture_faults import quiet_pillow
 from lorafuse_train.dataset.pictures import SUFFIXES, ControlRule, Geometry, geometry
 from lorafuse_train.dataset.rows import VIDEO_SUFFIXES
-from lorafuse_train.lora.headers import read_header
 from lorafuse_train.options.config import TrainConfig
 from lorafuse_train.options.options import NOWHERE
 
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from lorafuse_train.recipes.recipe import Recipe
 
 INDEX = "model_index.json"
-USUAL_MULTIPLE, USUAL_FRAME_STEP, MANY = 16, 4, 99
-"""What nearly all families ask of sizes and numbers of frames, and more control pictures than any takes."""
+USUAL_MULTIPLE, USUAL_REDUCTION, USUAL_FRAME_STEP, MANY = 16, 8, 4, 99
+"""What nearly all families have for sizes, latents and numbers of frames; more control pictures than any takes."""
 UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".jxl", ".jfif", ".svg", ".psd", ".dng", ".nef", ".cr2", ".arw")
 """Pictures that people have and that are not read here."""
 
@@ -94,7 +94,7 @@ def check_dataset(config: TrainConfig) -> Report:
     shapes = geometry(config, family.recipe, family.pipeline) if family else _usual_geometry(config)
     survey = survey_dataset(config, shapes)
     samples = survey.samples
-    faults = tuple(survey.faults) or tuple(_further_faults(config, samples, shapes, family))
+    faults = (*survey.faults, *_further_faults(config, survey, shapes, family))
     pictures = list(dict.fromkeys(sample.path for sample in samples if sample.excerpt is None))
     with quiet_pillow(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         headers = list(pool.map(read_header, pictures))
@@ -105,31 +105,29 @@ def check_dataset(config: TrainConfig) -> Report:
     return Report(survey, statistics, _unread(config, survey), faults)
 
 
-def _further_faults(
-    config: TrainConfig, samples: Sequence[Sample], shapes: Geometry, family: Family | None
-) -> Iterator[str]:
-    """What a training finds only in a dataset of which every row is good."""
+def _further_faults(config: TrainConfig, survey: Survey, shapes: Geometry, family: Family | None) -> Iterator[str]:
+    """What a training finds only once every row is good; of it what the good rows can tell."""
+    samples, all_good = survey.samples, not survey.faults
     looks: list[Callable[[], object]] = []
-    if config.validation_dataset_path or config.validation_split:
+    if config.validation_dataset_path or (config.validation_split and all_good):
         from lorafuse_train.samples.held_out import hold_out
 
         looks.append(lambda: hold_out(config, samples, shapes))
-    if family and config.validation_prompts:
+    if family and config.validation_prompts and samples:
         from lorafuse_train.samples.drawn_prompts import plan_prompts
 
         looks.append(lambda: plan_prompts(config, samples, shapes))
-    if config.trigger_phrase:
+    if config.trigger_phrase and all_good:
         from lorafuse_train.lora.metadata import require_trigger
 
         looks.append(lambda: require_trigger(config, samples))
-    if family and config.masked_loss:
-        from lorafuse_train.plan import latent_grid
-
-        grid = latent_grid(family.recipe, family.pipeline)
-        looks.append(lambda: read_masks(config, samples, grid))
+    if masked(config, samples) or (config.masked_loss and all_good):
+        looks.append(lambda: read_masks(config, samples, _grid(family)))
     for look in looks:
         try:
             look()
+        except FaultyDataset as error:
+            yield from (f"{error.source}: {fault}" for fault in error.faults)
         except LorafuseError as error:
             yield str(error)
 
@@ -163,6 +161,15 @@ def _usual_geometry(config: TrainConfig) -> Geometry:
     fixed = (config.height, config.width) if config.height and config.width else None
     rule = ControlRule(most=MANY)
     return Geometry(USUAL_MULTIPLE, config.max_pixels, fixed, USUAL_FRAME_STEP, rule)
+
+
+def _grid(family: Family | None) -> Grid:
+    """(height, width) of a picture -> that of its latents."""
+    if family is None:
+        return lambda size: (size[0] // USUAL_REDUCTION, size[1] // USUAL_REDUCTION)
+    from lorafuse_train.plan import latent_grid
+
+    return latent_grid(family.recipe, family.pipeline)
 
 
 def _unread(config: TrainConfig, survey: Survey) -> tuple[tuple[str, int], ...]:

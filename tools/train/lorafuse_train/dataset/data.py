@@ -19,6 +19,8 @@ from lorafuse_train.dataset.unpack import unpack_dataset
 from lorafuse_train.options.config import EDIT_IMAGE, TrainConfig
 
 MOST_FAULTS = 20
+SAME_SHAPE = 0.02
+"""How far, relatively, a mask's width/height may be from its picture's."""
 Found = TypeVar("Found")
 Bucket: TypeAlias = tuple[tuple[int, int, int], tuple[tuple[int, int], ...]]
 """(frames, height, width) of a sample, and (height, width) of each of its controls."""
@@ -124,6 +126,16 @@ class Survey:
     faults: Sequence[str]
 
 
+class FaultyDataset(DatasetError):
+    """All that is wrong with a dataset; the text has the first of it."""
+
+    def __init__(self, source: object, faults: Sequence[str]) -> None:
+        count = len(faults)
+        more = "\n  `lorafuse-train check` lists all of them" if count > MOST_FAULTS else ""
+        super().__init__(f"{source}: {count} fault{'s' * (count != 1)}:\n{listed(faults)}{more}")
+        self.source, self.faults = source, faults
+
+
 class _File(NamedTuple):
     """What is known of a file that can be decoded."""
 
@@ -140,9 +152,7 @@ def read_dataset(config: TrainConfig, geometry: Geometry) -> list[Sample]:
     """
     found = survey_dataset(config, geometry)
     if found.faults:
-        count = len(found.faults)
-        more = "\n  `lorafuse-train check` lists all of them" if count > MOST_FAULTS else ""
-        raise DatasetError(f"{found.source}: {count} fault{'s' * (count != 1)}:\n{listed(found.faults)}{more}")
+        raise FaultyDataset(found.source, found.faults)
     return list(found.samples)
 
 
@@ -150,16 +160,17 @@ def survey_dataset(config: TrainConfig, geometry: Geometry) -> Survey:
     """Look at every row, decoding every picture.
 
     Raises:
-        DatasetError: there is no dataset, or it is one for another kind of model.
+        DatasetError: there is no dataset, or its metadata file as a whole cannot be read.
     """
     config = unpack_dataset(config)
     root = config.dataset_base_path
     if not root.is_dir():
         raise DatasetError(f"--dataset_base_path {root}: no such folder")
+    faults: list[str] = []
     if geometry.fixed and any(side % geometry.multiple for side in geometry.fixed):
         height, width = geometry.fixed
-        raise DatasetError(f"--height {height} --width {width}: both must be multiples of {geometry.multiple}")
-    faults: list[str] = []
+        faults.append(f"--height {height} --width {width}: both must be multiples of {geometry.multiple}")
+        geometry = replace(geometry, fixed=None)
     source = metadata_path(config)
     if source is None:
         rows = list(sidecar_rows(config, faults, videos=bool(geometry.frame_step)))
@@ -167,9 +178,9 @@ def survey_dataset(config: TrainConfig, geometry: Geometry) -> Survey:
         rows = list(metadata_rows(config, source, faults))
     if not rows and not faults:
         raise DatasetError(f"{source or root}: no pictures. {expectation()}")
-    _require_controls(source or root, rows, geometry)
+    fitting, geometry = _fitting(rows, geometry, faults)
     with quiet_pillow(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        checked = pool.map(lambda row: _check(row, geometry, config), rows)
+        checked = pool.map(lambda row: _check(row, geometry, config), fitting)
         found = list(progress(checked, len(rows), "checking pictures"))
     faults += [sample for sample in found if isinstance(sample, str)]
     samples = [sample for sample in found if isinstance(sample, Sample)]
@@ -183,31 +194,39 @@ def listed(faults: Sequence[str]) -> str:
     return f"{shown}\n  and {len(faults) - MOST_FAULTS} more" if len(faults) > MOST_FAULTS else shown
 
 
-def _require_controls(source: Path, rows: Sequence[Row], geometry: Geometry) -> None:
-    """Find in one line what would otherwise be said of every row: a dataset that is for another kind of model."""
+def _fitting(rows: Sequence[Row], geometry: Geometry, faults: list[str]) -> tuple[Sequence[Row], Geometry]:
+    """Say once what would be said of every row of a dataset for another kind of model; the rest is checked without."""
     rule, having = geometry.controls, [row for row in rows if row.controls]
     if having and not rule.most:
-        raise DatasetError(
-            f"{source}: {len(having)} rows have control pictures (first: {having[0].label}), which a {rule.pipeline} "
-            "does not take; --data_file_keys image leaves the column out"
+        faults.insert(
+            0,
+            f"{len(having)} rows have control pictures (first: {having[0].label}), which a {rule.pipeline} "
+            "does not take; leave them out with --data_file_keys image, or without --dataset_control_path",
         )
+        return [replace(row, controls=()) for row in rows], geometry
     pictures = [row for row in rows if not (rule.first_frame and row.is_video)]
     if pictures and not having and rule.least:
-        raise DatasetError(
-            f"{source}: no row has a control picture, and a {rule.pipeline} draws nothing without. Give each the file "
+        faults.insert(
+            0,
+            f"no row has a control picture, and a {rule.pipeline} draws nothing without. Give each the file "
             f"of the picture to start from, in a column {EDIT_IMAGE!r} (one, or a list; another column with "
-            "--data_file_keys image,NAME), or beside .txt files under the same name in --dataset_control_path FOLDER"
+            "--data_file_keys image,NAME), or beside .txt files under the same name in --dataset_control_path FOLDER",
         )
+        return rows, replace(geometry, controls=replace(rule, least=0))
+    return rows, geometry
 
 
 def _check(row: Row, geometry: Geometry, config: TrainConfig) -> Sample | str:
     """The sample, or all that is wrong with the row as one text."""
-    faults = [] if row.caption else ["the caption is empty"]
+    faults = [] if row.caption else [row.fault or "the caption is empty"]
     file = _attempt(row.path, lambda path: _look(path, row, geometry, config), faults)
     size = geometry.size(*file.size) if file else (0, 0)
     if file and 0 in size:
-        found = f"{file.size[1]}x{file.size[0]}"
-        faults.append(f"{row.path}: is {found} pixels; both sides need at least {geometry.multiple}")
+        found, most = f"{file.size[1]}x{file.size[0]}", geometry.max_pixels
+        reduced = f" and is reduced to --max_pixels {most}" * (file.size[0] * file.size[1] > most)
+        faults.append(f"{row.path}: is {found} pixels{reduced}; both sides need at least {geometry.multiple}")
+    if row.mask:
+        _attempt(row.mask, lambda path: _require_mask(path, row.path, file), faults, "mask ")
     rule = geometry.controls
     controls = [
         control
@@ -263,6 +282,14 @@ def _control(path: Path, target: tuple[int, int], geometry: Geometry) -> Control
     if 0 in size and geometry.controls.most and 0 not in target:
         raise ValueError(f"is {file.size[1]}x{file.size[0]} pixels, which is too small")
     return Control(path, file.sha256, size)
+
+
+def _require_mask(path: Path, picture: Path, file: _File | None) -> None:
+    """Raises ValueError where the mask cannot be decoded, or is not of the picture's shape."""
+    height, width = upright_size(path.read_bytes())
+    if file and abs(width * file.size[0] / (height * file.size[1]) - 1) > SAME_SHAPE:
+        expected = f"{file.size[1]}x{file.size[0]}"
+        raise ValueError(f"is {width}x{height}; expected the shape of {picture.name}, which is {expected}")
 
 
 def _duplicates(rows: Sequence[Row]) -> list[str]:

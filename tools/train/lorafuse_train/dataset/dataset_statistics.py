@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from lorafuse_train.dataset.captions import Lengths
 from lorafuse_train.dataset.data import Sample
-from lorafuse_train.lora.headers import Header
+from lorafuse_train.dataset.headers import Header
 
 NOTEWORTHY_CROP = 0.05
 """The share of a picture's area that may be cut off without a word."""

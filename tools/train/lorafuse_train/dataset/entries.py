@@ -82,7 +82,8 @@ def _table(source: Path, text: str) -> Entries:
         columns = tuple(reader.fieldnames or ())
         entries = tuple((f"row {number} (line {reader.line_num})", entry) for number, entry in enumerate(reader, 1))
     except csv.Error as error:
-        raise DatasetError(f"{source}: line {reader.line_num}: not CSV ({error})") from error
+        hint = "is a double quote missing, or one too many?"
+        raise DatasetError(f"{source}: after line {reader.line_num}: not CSV ({error}); {hint}") from error
     finally:
         csv.field_size_limit(before)
     twice = [name for name, count in Counter(columns).items() if count > 1]

@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -17,15 +16,13 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from lorafuse_common.errors import DatasetError
-from lorafuse_train.dataset.data import Sample, listed
-from lorafuse_train.dataset.pictures import ORIENTATION, TURNED, UNDECODABLE, WITH_ALPHA, open_picture
+from lorafuse_train.dataset.data import FaultyDataset, Sample
+from lorafuse_train.dataset.pictures import UNDECODABLE, WITH_ALPHA, open_picture
 from lorafuse_train.options.config import TrainConfig
 from lorafuse_train.options.config_training import ALPHA
 
 Grid: TypeAlias = Callable[[tuple[int, int]], tuple[int, int]]
 """(height, width) of a picture -> that of its latents."""
-SAME_SHAPE = 0.02
-"""How far, relatively, a mask's width/height may be from its picture's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +43,24 @@ class Masks:
         return self.background + (1 - self.background) * inside
 
 
+def masked(config: TrainConfig, samples: Sequence[Sample]) -> list[Sample]:
+    """Those of the samples that have a mask, of the kind that the options ask for."""
+    if config.masked_loss is None:
+        return []
+    return [sample for sample in samples if config.masked_loss == ALPHA or sample.mask]
+
+
 def read_masks(config: TrainConfig, samples: Sequence[Sample], grid: Grid) -> Masks | None:
     """Read the mask of every sample; None where the options ask for none.
 
     Raises:
-        DatasetError: listing every mask that cannot be used, or saying that there is none.
+        FaultyDataset: masks cannot be used; all of them.
+        DatasetError: there is none.
     """
     if config.masked_loss is None:
         return None
-    masked = [sample for sample in samples if config.masked_loss == ALPHA or sample.mask]
-    if not masked:
+    having = masked(config, samples)
+    if not having:
         raise DatasetError(f"--masked_loss {config.masked_loss}: no row has a mask there; expected a file's name")
 
     def read(sample: Sample) -> Tensor | str:
@@ -70,10 +75,10 @@ def read_masks(config: TrainConfig, samples: Sequence[Sample], grid: Grid) -> Ma
         return found
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        grids = dict(zip(masked, pool.map(read, masked), strict=True))
+        grids = dict(zip(having, pool.map(read, having), strict=True))
     faults = [fault for fault in grids.values() if isinstance(fault, str)]
     if faults:
-        raise DatasetError(f"--masked_loss {config.masked_loss}: {len(faults)} masks cannot be used:\n{listed(faults)}")
+        raise FaultyDataset(f"--masked_loss {config.masked_loss}", faults)
     good = {sample: found for sample, found in grids.items() if isinstance(found, Tensor)}
     digest = hashlib.sha256(b"".join(found.numpy().tobytes() for found in good.values())).hexdigest()
     return Masks(config.masked_loss_background, good, digest)
@@ -85,10 +90,6 @@ def _read(sample: Sample, grid: tuple[int, int]) -> Tensor:
         mask = _alpha(sample.path.read_bytes())
     else:
         mask = open_picture(sample.mask.read_bytes()).convert("L")
-        width, height = _size(sample.path)
-        if abs(mask.width * height / (mask.height * width) - 1) > SAME_SHAPE:
-            found, expected = f"{mask.width}x{mask.height}", f"{width}x{height}"
-            raise ValueError(f"is {found}; expected the shape of {sample.path.name}, which is {expected}")
     height, width = sample.size
     fitted = ImageOps.fit(mask, (width, height), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(fitted.resize((grid[1], grid[0]), Image.Resampling.BOX)))
@@ -104,10 +105,3 @@ def _alpha(raw: bytes) -> Image.Image:
     if upright.mode not in WITH_ALPHA and "transparency" not in upright.info:
         raise ValueError("has no transparency")
     return upright.convert("RGBA").getchannel("A")
-
-
-def _size(path: Path) -> tuple[int, int]:
-    """(width, height) of a picture that is known to be good, once it is upright."""
-    with Image.open(path) as file:
-        turned = file.getexif().get(ORIENTATION) in TURNED
-        return (file.height, file.width) if turned else (file.width, file.height)

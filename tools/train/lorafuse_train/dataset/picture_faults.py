@@ -62,7 +62,12 @@ def count_pictures(file: Image.Image) -> int:
 
 
 def similar_name(path: Path) -> str:
-    """` (there is 'A.PNG')` where the folder has a name that differs only in case, accents' form or suffix."""
+    """` (there is 'A.PNG')` where the folder has a name that differs only in case, accents' form or suffix.
+
+    Also what else may be wrong with a `path` that leads to no file.
+    """
+    if path.is_symlink():
+        return " (it is a link to what is not there)"
     if "\\" in path.name:
         return " (write / between folders, not \\)"
     try:

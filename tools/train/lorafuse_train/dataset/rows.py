@@ -32,6 +32,8 @@ class Row:
     """A video file or a folder of frames, and no picture."""
     controls: tuple[Path, ...] = ()
     """Its control pictures, in the order in which the model sees them."""
+    fault: str = ""
+    """Why it has no caption, where its .txt file cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,20 +194,24 @@ def sidecar_rows(config: TrainConfig, faults: list[str], *, videos: bool) -> Ite
         hidden = any(part.startswith(".") for part in name.parts)
         if path.suffix.lower() not in suffixes or hidden or not outside.isdisjoint(path.resolve().parents):
             continue
-        sidecar, stem = path.with_suffix(".txt"), name.with_suffix("")
-        for folder, found in zip(folders, controls, strict=True):
-            if stem not in found:
-                faults.append(f"{name}: no control picture {stem}.* in {folder}")
-        try:
-            caption = sidecar.read_text(encoding="utf-8-sig").strip()
-            shown = tuple(found[stem] for found in controls if stem in found)
-            yield Row(str(name), path, caption, None, path.suffix.lower() in VIDEO_SUFFIXES, shown)
-        except FileNotFoundError:
-            faults.append(f"{name}: no caption; expected {sidecar.relative_to(root)}")
-        except UnicodeDecodeError as error:
-            faults.append(f"{sidecar.relative_to(root)}: is not UTF-8; {encoding_hint(error.object)}")
-        except OSError as error:
-            faults.append(f"{sidecar.relative_to(root)}: cannot be read ({error.strerror})")
+        stem = name.with_suffix("")
+        # What is not there keeps a name, for the check of the row to miss it.
+        shown = tuple(there.get(stem, folder / f"{stem}.*") for folder, there in zip(folders, controls, strict=True))
+        caption, fault = _sidecar_caption(path.with_suffix(".txt"), root)
+        yield Row(str(name), path, caption, None, path.suffix.lower() in VIDEO_SUFFIXES, shown, fault)
+
+
+def _sidecar_caption(path: Path, root: Path) -> tuple[str, str]:
+    """The caption in a .txt file, or why there is none."""
+    name = path.relative_to(root)
+    try:
+        return path.read_text(encoding="utf-8-sig").strip(), ""
+    except FileNotFoundError:
+        return "", f"no caption; expected {name}"
+    except UnicodeDecodeError as error:
+        return "", f"{name}: is not UTF-8; {encoding_hint(error.object)}"
+    except OSError as error:
+        return "", f"{name}: cannot be read ({error.strerror})"
 
 
 def _by_stem(folder: Path, faults: list[str]) -> dict[Path, Path]:

@@ -31,10 +31,10 @@ from lorafuse_train.options.options import resolve_config
 from lorafuse_train.plan import Plan
 from lorafuse_train.precision import Precision, choose_precision
 from lorafuse_train.recipes import recipe_for
-from lorafuse_train.recipes.recipe import Recipe, latent_shape
+from lorafuse_train.recipes.recipe import Latent, Recipe, latent_shape
 from lorafuse_train.samples.gallery import choose_schedules
 from lorafuse_train.samples.prompts import unrelated_prompts
-from lorafuse_train.samples.sample import TOKENS_AT_ONCE, denoise
+from lorafuse_train.samples.sample import Schedule, count_at_once, denoise
 from lorafuse_train.train import run
 
 FOLDER = "pictures"
@@ -90,11 +90,13 @@ def _configure(given: Mapping[str, Any]) -> TrainConfig:
 def _draw(config: TrainConfig, base: Base, recipe: Recipe, prompts: Sequence[str], precision: Precision) -> None:
     """A picture for every prompt, and metadata.csv, last; what an interrupted run has drawn is kept."""
     folder = config.dataset_base_path
-    paths = [folder / f"{_key(config, base, prompt, number)}.png" for number, prompt in enumerate(prompts)]
+    latent = latent_shape(recipe, base.pipeline, (1, config.height or SIDE, config.width or SIDE))
+    few, *_ = choose_schedules(config, base, recipe, latent)
+    paths = [folder / f"{_key(config, base, few, latent, place)}.png" for place in enumerate(prompts)]
     missing = [number for number, path in enumerate(paths) if not path.is_file()]
     if missing:
         say(f"drawing {len(missing)} of {len(paths)} pictures with the few-step base ({folder})")
-        _draw_missing(config, base, recipe, (prompts, paths, missing), precision)
+        _draw_missing(config, base, recipe, (few, latent), (prompts, paths, missing), precision)
 
     def write(path: Path) -> None:
         with path.open("w", newline="", encoding="utf-8") as file:
@@ -105,8 +107,10 @@ def _draw(config: TrainConfig, base: Base, recipe: Recipe, prompts: Sequence[str
     write_atomically(folder / "metadata.csv", write)
 
 
-def _key(config: TrainConfig, base: Base, prompt: str, number: int) -> str:
-    origin = repr((base.fused_sha256, prompt, number, config.height, config.width))
+def _key(config: TrainConfig, base: Base, few: Schedule, latent: Latent, place: tuple[int, str]) -> str:
+    """Number and hash of all that a picture depends on; `place`: its number and its prompt."""
+    number, negative = place[0], config.validation_negative_prompt if few.is_guided else ""
+    origin = repr((base.fused_sha256, place, few, latent, negative))
     return f"{number:05}-{hashlib.sha256(origin.encode()).hexdigest()[:12]}"
 
 
@@ -114,13 +118,11 @@ def _draw_missing(
     config: TrainConfig,
     base: Base,
     recipe: Recipe,
+    walk: tuple[Schedule, Latent],
     wanted: tuple[Sequence[str], Sequence[Path], Sequence[int]],
     precision: Precision,
 ) -> None:
-    prompts, paths, missing = wanted
-    height, width = config.height or SIDE, config.width or SIDE
-    latent = latent_shape(recipe, base.pipeline, (1, height, width))
-    few, *_ = choose_schedules(config, base, recipe, latent)
+    (few, latent), (prompts, paths, missing) = walk, wanted
     plan = Plan(config, base, recipe, Targets((), {}, (), {}), ())
     negative = Prompt(config.validation_negative_prompt)
     cache = open_cache(plan)
@@ -128,7 +130,7 @@ def _draw_missing(
     encodings = Encodings(cache)
     transformer = load_transformer(base, base.transformer, precision.device)
     vae = recipe.load_vae(base.pipeline, precision.device)
-    at_once = max(1, TOKENS_AT_ONCE * 4 // (latent[-1] * latent[-2]))
+    at_once = count_at_once(latent)
     blocks = [missing[start : start + at_once] for start in range(0, len(missing), at_once)]
     for block in progress(blocks, len(blocks), "drawing"):
         texts = [encodings.caption(prompts[number]) for number in block], encodings.condition(negative)

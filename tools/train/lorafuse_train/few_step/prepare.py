@@ -71,7 +71,7 @@ def _trajectories(plan: Plan, encodings: Encodings, precision: Precision) -> Tra
     assert plan.preserving
     latent = tuple(encodings.latents(usual_samples(plan.samples)[0]).shape)
     few, *_ = choose_schedules(plan.config, plan.base, plan.recipe, latent)
-    request = Request(plan.preserving.prompts, few, latent)
+    request = Request(plan.preserving.prompts, few, latent, plan.config.validation_negative_prompt)
     root = choose_folder(plan.base.folder, plan.config.cache)
     return locate(root, request, plan.base.fused_sha256, encodings.cache, precision, str(plan.base.dtype))
 

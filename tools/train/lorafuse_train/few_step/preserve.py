@@ -20,11 +20,12 @@ from lorafuse_train.base import Base
 from lorafuse_train.dataset.data import Prompt, Sample
 from lorafuse_train.dataset.order import seed_for
 from lorafuse_train.few_step.objective_base import is_few_step
-from lorafuse_train.few_step.trajectories import Trajectories, with_guidance
+from lorafuse_train.few_step.trajectories import Trajectories
 from lorafuse_train.options.config import TrainConfig
 from lorafuse_train.precision import Precision
 from lorafuse_train.recipes.recipe import Recipe
 from lorafuse_train.samples.prompts import preserved, unrelated_prompts
+from lorafuse_train.samples.sample import with_guidance
 
 if TYPE_CHECKING:
     from lorafuse_train.encoding.encode import Encodings  # which reads the plan that this is a part of

@@ -2,7 +2,7 @@
 
 The base never changes and many trainings share it, so its trajectories are computed once and kept: beside it, in
 `<fused>/lorafuse/trajectories`, or in the cache of encodings where that may not be written. Each lies under the hash
-of all that it depends on: weights, recipe, text encoder, prompt, noise levels, guidance, size, number and precision.
+of all that it depends on: weights, recipe, text encoder, prompts, noise levels, guidance, size, number and precision.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from lorafuse_train.dataset.order import seed_for
 from lorafuse_train.encoding.cache import Cache, intact, store
 from lorafuse_train.experts import model_at
 from lorafuse_train.precision import Precision
-from lorafuse_train.recipes.recipe import Condition, Encoded, Recipe
-from lorafuse_train.samples.sample import TOKENS_AT_ONCE, Schedule, Told
+from lorafuse_train.recipes.recipe import Encoded, Recipe
+from lorafuse_train.samples.sample import Schedule, Told, count_at_once, with_guidance
 
 FOLDER = "trajectories"
 LAYOUT = 1
@@ -44,6 +44,8 @@ class Request:
     schedule: Schedule
     latent: tuple[int, ...]
     """Shape of a state, (C, h, w) or (C, f, h, w)."""
+    negative: str
+    """The negative prompt of all; only guidance uses it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,7 @@ def locate(
         origin = [
             LAYOUT, base_sha256, cache.recipe, cache.vae_sha256, cache.text_sha256, prompt.caption, controls,
             list(schedule.sigmas), schedule.guidance_scale, schedule.embedded, list(request.latent), number, dtype,
-            precision.autocast,
+            precision.autocast, *([request.negative] if schedule.is_guided else []),
         ]  # fmt: skip
         key = hashlib.sha256(json.dumps(origin).encode()).hexdigest()
         paths.append(root / key[:2] / f"{key}.safetensors")
@@ -119,7 +121,7 @@ def compute_missing(
         f"computing {len(paths) - len(there)} of {len(paths)} few-step trajectories of the base "
         f"({size:.1f} MiB in {paths[0].parents[1]})"
     )
-    at_once = max(1, TOKENS_AT_ONCE * 4 // math.prod(request.latent[1:]))
+    at_once = count_at_once(request.latent)
     blocks = [range(first, min(first + at_once, len(paths))) for first in range(0, len(paths), at_once)]
     for block in progress(blocks, len(blocks), "few-step trajectories"):
         # A block is computed whole or not at all: a picture's last bits may depend on its neighbours.
@@ -163,17 +165,7 @@ def follow(
             v = recipe.predict(model, x, levels, positive)
             states.append(x.cpu())
             velocities.append(v.cpu())
-            if is_guided(schedule):
+            if schedule.is_guided:
                 v = recipe.guide(v, recipe.predict(model, x, levels, told.negative), schedule.guidance_scale)
         x = x + (following - sigma) * v
     return torch.stack(states, 1), torch.stack(velocities, 1)
-
-
-def is_guided(schedule: Schedule) -> bool:
-    """Whether its steps take a second prediction, for a negative prompt."""
-    return schedule.guidance_scale != 1 and not schedule.embedded
-
-
-def with_guidance(condition: Condition, schedule: Schedule, count: int) -> Condition:
-    """With the guidance scale that a model which embeds it is told."""
-    return {**condition, "guidance": torch.full((count,), schedule.guidance_scale)} if schedule.embedded else condition

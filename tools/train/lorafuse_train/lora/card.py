@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafuse_common import __version__
+from lorafuse_common.conversion import plan_conversion
+from lorafuse_common.errors import ConvertError
+from lorafuse_common.lora import read_lora
 from lorafuse_common.manifest import Manifest, Role
 from lorafuse_train.atomic import write_atomically
 from lorafuse_train.base import Base
 from lorafuse_train.console import say
 from lorafuse_train.lora.adapter import FILE_NAME
-from lorafuse_train.lora.export import PLACES
+from lorafuse_train.lora.export import PLACES, dialect_of
 from lorafuse_train.lora.fuse_commands import fuse_commands, target_sha256
 from lorafuse_train.lora.markdown import block, code, front_matter, plain, table
 from lorafuse_train.lora.metadata import dataset_sha256, title_of
@@ -161,7 +164,7 @@ def _use(plan: Plan, shown: Shown) -> str:
     lines = usage(plan, shown.schedule, shown.size, Places(whole, pipeline, str(where)))
     here = " (`this-folder` is where this file lies)" if where == "this-folder" else ""
     sections.append(f"With diffusers{here}:\n\n{block(lines, 'python')}")
-    sections.append(_comfyui(plan, shown.schedule))
+    sections.append(_comfyui(plan, shown.schedule, pipeline))
     return "\n\n".join(sections)
 
 
@@ -169,12 +172,11 @@ def _original(manifest: Manifest | None) -> str:
     return manifest.origin.repo if manifest and manifest.origin else "models/base"
 
 
-def _comfyui(plan: Plan, schedule: Schedule) -> str:
+def _comfyui(plan: Plan, schedule: Schedule, pipeline: str) -> str:
     manifest, config = plan.base.manifest, plan.config
     file = code(PLACES[COMFYUI])
     if COMFYUI not in config.dialects:
-        made = code(f"lorafuse convert {FILE_NAME} --to comfyui --out {PLACES[COMFYUI]}")
-        file += f" (make it with {made})"
+        file += f" (make it with {code(_conversion(plan, pipeline))})"
     base = "the model"
     if manifest and fuse_commands(manifest):
         base = f"the fused model, or of the original one with {_names(plan.base)} loaded before it"
@@ -188,6 +190,16 @@ def _comfyui(plan: Plan, schedule: Schedule) -> str:
         f"With ComfyUI: put {file} into `models/loras` and load it with LoraLoaderModelOnly at strength 1, on top of "
         f"{base}. Sampler euler, {len(schedule.sigmas)} steps, {scale}{sigmas}."
     )
+
+
+def _conversion(plan: Plan, pipeline: str) -> str:
+    """The command that writes ComfyUI's file; it looks at the model where names alone do not tell, as of SD3."""
+    try:
+        plan_conversion(read_lora(plan.config.output_path / FILE_NAME), dialect_of(COMFYUI))
+        where = ""
+    except ConvertError:
+        where = f" --base {pipeline}"
+    return f"lorafuse convert {FILE_NAME} --to comfyui{where} --out {PLACES[COMFYUI]}"
 
 
 def _base(base: Base) -> str:

@@ -8,6 +8,7 @@ some of them.
 from __future__ import annotations
 
 import math
+import shlex
 import shutil
 import tempfile
 import warnings
@@ -20,20 +21,25 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lorafuse_common.checkpoint import open_checkpoint
 from lorafuse_common.conversion import plan_conversion, write_conversion
 from lorafuse_common.dialects import DIALECTS, Dialect
-from lorafuse_common.dialects.diffusers import DIFFUSERS
 from lorafuse_common.errors import ConfigError, ConvertError, LorafuseError
 from lorafuse_common.lora import LoraFile, read_lora
 from lorafuse_common.publish import publish
 from lorafuse_train.base import Base
 from lorafuse_train.console import say
 from lorafuse_train.lora.adapter import ADAPTER, FILE_NAME, PREFIX
-from lorafuse_train.lora.lora_file import LOADING_FAILS, load_arguments, pipeline_of, set_metadata, write_blank
+from lorafuse_train.lora.lora_file import (
+    LOADING_FAILS,
+    load_arguments,
+    pipeline_of,
+    read_as_diffusers,
+    set_metadata,
+    write_blank,
+)
 from lorafuse_train.lora.metadata import names_of, rank_entries
 from lorafuse_train.lora.ranks import module_strengths
 from lorafuse_train.lora.targets import Targets
@@ -133,9 +139,9 @@ class Exporter:
             try:
                 readers = self._write(file, name, final)
             except (LorafuseError, OSError) as error:
-                raise LorafuseError(
-                    f"--export {name}: {error}; {file} is complete: `lorafuse convert {file} --to {name}` tries again"
-                ) from error
+                where = ["--base", str(self.base.transformer), "--out", str(final)]
+                again = shlex.join(["lorafuse", "convert", str(file), "--to", name, *where])
+                raise LorafuseError(f"--export {name}: {error}; {file} is complete: `{again}` tries again") from error
             say(f"saved {final}; {readers}")
 
     def _write(self, file: Path, name: str, final: Path) -> str:
@@ -167,7 +173,8 @@ class Exporter:
     def _check(self, file: Path, name: str) -> str:
         """Compare what readers make of a file with what was trained; says who reads it."""
         wanted = updates_of(self.trained)
-        require_same(file, wanted, self._read_back(file), EXACT)
+        back, _ = read_as_diffusers(file, self.base.transformer)
+        require_same(file, wanted, updates_of(back), EXACT)
         if name == PEFT:
             found, dtype = self._as_peft_loads(file.parent)
             require_same(file, wanted, found, EXACT if dtype == torch.float32 else ROUNDED)
@@ -181,14 +188,6 @@ class Exporter:
             return "read back, it has the deltas that were trained (diffusers does not read all of this spelling)"
         require_same(file, wanted, loaded[0], EXACT if loaded[1] == torch.float32 else ROUNDED)
         return "diffusers loads it too, with the deltas that were trained"
-
-    def _read_back(self, file: Path) -> dict[str, Update]:
-        with tempfile.TemporaryDirectory() as folder:
-            back = Path(folder) / FILE_NAME
-            write_conversion(
-                plan_conversion(read_lora(file), DIFFUSERS, base=open_checkpoint(self.base.transformer)), back
-            )
-            return updates_of(load_file(back))
 
     def _as_peft_loads(self, folder: Path) -> tuple[dict[str, Update], torch.dtype]:
         self.transformer.unload_lora()

@@ -13,10 +13,11 @@ from lorafuse_common.tensorfile import read_header
 from lorafuse_train.atomic import write_atomically
 from lorafuse_train.console import say
 from lorafuse_train.lora.adapter import ADAPTER, FILE_NAME, lora_state, without
+from lorafuse_train.lora.base_match import KEY
 from lorafuse_train.lora.card import CARD, SHEET, Shown, write_card
 from lorafuse_train.lora.export import PLACES, Exporter
 from lorafuse_train.lora.lora_file import compare_effects, load_back, save_lora
-from lorafuse_train.lora.metadata import OUR_KEY, resolution_of
+from lorafuse_train.lora.metadata import resolution_of
 from lorafuse_train.lora.pissa import compute_exactly
 from lorafuse_train.lora.push import push
 from lorafuse_train.options.config import TrainConfig
@@ -57,7 +58,7 @@ def remove_stale(config: TrainConfig) -> None:
     """Remove what an earlier run exported here and this one does not, which is another LoRA now."""
     for name, place in PLACES.items():
         path = config.output_path / place
-        if name not in config.dialects and path.is_file() and OUR_KEY in read_header(path).metadata:
+        if name not in config.dialects and path.is_file() and KEY in read_header(path).metadata:
             path.unlink()
             if name == PEFT:
                 (path.parent / ADAPTER_CONFIG).unlink(missing_ok=True)

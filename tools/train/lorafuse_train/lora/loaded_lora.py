@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 
-from lorafuse_common.checkpoint import open_checkpoint
-from lorafuse_common.conversion import plan_conversion, write_conversion
-from lorafuse_common.dialects.diffusers import DIFFUSERS
 from lorafuse_common.errors import ConfigError, LorafuseError
-from lorafuse_common.lora import read_lora
 from lorafuse_train.lora.adapter import PREFIX
-from lorafuse_train.lora.lora_file import LOADING_FAILS
+from lorafuse_train.lora.lora_file import LOADING_FAILS, read_as_diffusers
 from lorafuse_train.samples.sample_options import WantedLora
 
 
@@ -42,18 +36,13 @@ def read_adapter(wanted: WantedLora, transformer: Path) -> LoadedLora:
         ConfigError: it is for another model, or of a kind that is not loaded as it is.
     """
     try:
-        conversion = plan_conversion(
-            read_lora(wanted.path), DIFFUSERS, base=open_checkpoint(transformer), leaves_others=True
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            write_conversion(conversion, Path(folder) / "lora.safetensors")
-            tensors = load_file(Path(folder) / "lora.safetensors")
+        tensors, left_out = read_as_diffusers(wanted.path, transformer, leaves_others=True)
     except LorafuseError as error:
         raise ConfigError(
             f"--lora {wanted.path}: cannot be loaded ({error}). What is no LoRA or DoRA can be fused: "
             f"`lorafuse fuse BASE --lora {wanted.path} --out DIR`"
         ) from error
-    counted = ", ".join(f"{count} modules ({reason})" for reason, count in conversion.left_out.items())
+    counted = ", ".join(f"{count} modules ({reason})" for reason, count in left_out.items())
     return LoadedLora(wanted, tensors, f"; left out: {counted}" if counted else "")
 
 

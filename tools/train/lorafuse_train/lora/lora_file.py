@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import struct
+import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +15,11 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lorafuse_common.checkpoint import DEFAULT_COMPONENT
+from lorafuse_common.checkpoint import DEFAULT_COMPONENT, open_checkpoint
+from lorafuse_common.conversion import plan_conversion, write_conversion
+from lorafuse_common.dialects.diffusers import DIFFUSERS
 from lorafuse_common.errors import LorafuseError
+from lorafuse_common.lora import read_lora
 from lorafuse_common.tensorfile import encode_header, read_header
 from lorafuse_train.atomic import write_atomically
 from lorafuse_train.experts import SECOND
@@ -56,6 +60,25 @@ def write_blank(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
     with file.open("wb") as opened:
         opened.write(struct.pack("<Q", len(raw)) + raw)
         opened.truncate(8 + len(raw) + at)
+
+
+def read_as_diffusers(
+    lora: Path, transformer: Path, *, leaves_others: bool = False
+) -> tuple[dict[str, Tensor], Mapping[str, int]]:
+    """A LoRA in any dialect, as one of the transformer in that folder: as diffusers spells it, its own scale within B.
+
+    Also how many of its modules are left out for which reason, where `leaves_others`.
+
+    Raises:
+        LorafuseError: it is for another model, or cannot be spelled so.
+    """
+    conversion = plan_conversion(
+        read_lora(lora), DIFFUSERS, base=open_checkpoint(transformer), leaves_others=leaves_others
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "lora.safetensors"
+        write_conversion(conversion, file)
+        return load_file(file), conversion.left_out
 
 
 def pipeline_of(transformer: Any, folder: Path) -> Any:

@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 from lorafuse_common import __version__
 from lorafuse_common.errors import ConfigError
 from lorafuse_common.manifest import Role, weights_sha256
+from lorafuse_common.scale import METADATA_KEY
 from lorafuse_train.base import Base, fused_loras
 from lorafuse_train.lora.adapter import PREFIX
+from lorafuse_train.lora.base_match import KEY
 from lorafuse_train.lora.ranks import adapter_arguments, module_strengths
 from lorafuse_train.options.entry import CACHE, OUTPUT, RESULT
 from lorafuse_train.options.options import OPTIONS, plain_value
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
     from lorafuse_train.options.config import TrainConfig
     from lorafuse_train.plan import Plan
 
-ADAPTER_KEY, OUR_KEY = "lora_adapter_metadata", "lorafuse"
 LIBRARIES = ("torch", "diffusers", "peft", "accelerate", "transformers", "safetensors")
 """Whose versions may change what a training gives."""
 DYNAMIC = "Dynamic"
@@ -102,8 +103,8 @@ def lora_header(plan: Plan, steps: int) -> dict[str, str]:
     ranks = {module: strength.rank * factor for module, strength in strengths.items()}
     return {
         "format": "pt",
-        ADAPTER_KEY: _adapter(plan, ranks),
-        OUR_KEY: json.dumps(_record(plan, steps), sort_keys=True, ensure_ascii=False),
+        METADATA_KEY: _adapter(plan, ranks),
+        KEY: json.dumps(_record(plan, steps), sort_keys=True, ensure_ascii=False),
         **_modelspec(plan),
         **_kohya(plan, steps),
         **rank_entries(ranks.values()),

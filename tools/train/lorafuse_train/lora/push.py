@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,10 +42,8 @@ def push(config: TrainConfig, files: Sequence[str]) -> None:
     from huggingface_hub import HfApi
 
     out, name = config.output_path, str(config.hub_model_id)
-    again = (
-        f"Everything is complete in {out}; to try again: "
-        f"hf upload {name} {out} {' '.join(f'--include {file!r}' for file in files)}"
-    )
+    command = ["hf", "upload", name, str(out), *(word for file in files for word in ("--include", file))]
+    again = f"Everything is complete in {out}; to try again: {shlex.join(command)}"
     with _explained(f"--push_to_hub: {name} was not updated", again):
         api = HfApi()
         repository = api.create_repo(name, private=config.hub_private or None, exist_ok=True)

@@ -37,10 +37,6 @@ class Targets:
     namesakes: tuple[str, ...] = ()
     """Those of the modules whose name other modules end in, which PEFT would take for them."""
 
-    def trainable(self, rank: int) -> int:
-        """Parameters of a LoRA of that rank."""
-        return rank * sum(self.parameters.values())
-
 
 def meta_model(class_name: str, config: Mapping[str, Any]) -> nn.Module:
     """The transformer that `config` describes, with shapes but without memory.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,17 +11,13 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
 from torch import Tensor
 
-from lorafuse_common.checkpoint import open_checkpoint
-from lorafuse_common.conversion import plan_conversion, write_conversion
-from lorafuse_common.dialects.diffusers import DIFFUSERS
 from lorafuse_common.errors import ConfigError, LorafuseError
 from lorafuse_common.hashing import sha256_of
-from lorafuse_common.lora import read_lora
 from lorafuse_train.base import Base
 from lorafuse_train.lora.adapter import ADAPTER, PREFIX
+from lorafuse_train.lora.lora_file import read_as_diffusers
 from lorafuse_train.lora.ranks import module_strengths
 from lorafuse_train.lora.targets import Targets
 from lorafuse_train.options.config import TrainConfig
@@ -68,10 +63,7 @@ def read_start(path: Path, base: Base, targets: Targets, config: TrainConfig) ->
 def _read(path: Path, base: Base) -> dict[str, dict[str, Tensor]]:
     """Module -> factor -> values, spelled as diffusers does, which puts the scale into B."""
     try:
-        conversion = plan_conversion(read_lora(path), DIFFUSERS, base=open_checkpoint(base.transformer))
-        with tempfile.TemporaryDirectory() as folder:
-            write_conversion(conversion, Path(folder) / "lora.safetensors")
-            tensors = load_file(Path(folder) / "lora.safetensors")
+        tensors, _ = read_as_diffusers(path, base.transformer)
     except LorafuseError as error:
         raise ConfigError(f"--lora_checkpoint {path}: cannot be a start ({error})") from error
     found: dict[str, dict[str, Tensor]] = {}

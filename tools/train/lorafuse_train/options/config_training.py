@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from lorafuse_train.options.config_few_step import AUTO, NUMBER
 from lorafuse_train.options.entry import (
     LORA,
     NOISE,
@@ -32,7 +33,6 @@ LR_SCHEDULERS = (
 ALPHA = "alpha"
 """The mask that is a picture's own transparency."""
 LOSS_WEIGHTINGS = ("none", "sigma_sqrt", "cosmap")
-AUTO, NUMBER = "auto", r"\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+"
 TIMESTEPS = Bounds(0, 1000)
 PRODIGY = "prodigy"
 WITH_ADAM = ("adamw", "adamw8bit", PRODIGY)

@@ -13,8 +13,8 @@ from torch import Tensor
 from lorafuse_train.weights import stored_dtype
 
 from .control_latents import control_latents, stacked_controls
-from .kl import PATCH, EulerShift, KlLatents, visited
-from .recipe import Condition, ControlPicture, Encoded, Guidance, Latent
+from .kl import PATCH, EulerShift, KlLatents
+from .recipe import Condition, ControlPicture, Encoded, Guidance
 
 LONGEST_PROMPT = 512
 """Tokens that `FluxPipeline.__call__` pads to, for schnell too, and cuts at."""
@@ -88,17 +88,9 @@ class Flux(KlLatents, EulerShift):
         """dev's and Kontext's; schnell is told none."""
         return 3.5 if config.get("guidance_embeds") else 1.0
 
-    def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
-        """n + scale (p - n), the pipeline's `true_cfg_scale`; no schedule of ours asks for it."""
-        return negative + scale * (positive - negative)
-
     def guidance_arguments(self, scale: float) -> str:
         """What is embedded; schnell's pipeline takes and ignores it."""
         return f"guidance_scale={scale:g}"
-
-    def sigmas(self, pipeline: Path, steps: int, latent: Latent) -> tuple[float, ...]:
-        """As `FluxPipeline.__call__` asks the scheduler for them."""
-        return visited(pipeline, steps, latent, [1 - k / steps for k in range(steps)])
 
 
 def _positions(plane: int, x: Tensor) -> Tensor:

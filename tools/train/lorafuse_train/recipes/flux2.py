@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLFlux2, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, Flux2Pipeline
-from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, retrieve_timesteps
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
@@ -17,7 +17,7 @@ from lorafuse_train.dataset.pictures import to_pixels
 from lorafuse_train.weights import stored_dtype
 
 from .control_latents import MANY, PIPELINES_AREA, control_latents, named_controls, stacked_controls
-from .kl import PATCH, KlLatents
+from .kl import EulerShift, KlLatents, patches_of
 from .recipe import Condition, ControlPicture, Encoded, Guidance, Latent, Shape, Size
 
 LONGEST_PROMPT = 512
@@ -26,11 +26,9 @@ SHORTEST, LONGEST_RATIO = 64, 8
 """What the pipelines ask of a reference picture, in pixels and as a ratio of its sides."""
 LARGEST_CROP = 8
 """Pixels at each edge that whole patches of 16 may cost; more is left only where a picture is to be reduced."""
-MANY_STEPS = 200
-"""Where `compute_empirical_mu` ends to make up for a small number of steps, for which training has no need."""
 
 
-class Flux2(KlLatents):
+class Flux2(KlLatents, EulerShift):
     """The recipe of FLUX.2 dev and klein: text to image, with reference pictures where the dataset has some.
 
     x0 is the VAE's latent (C, h, w) and not the pipelines' (4C, h/2, w/2), though the statistics belong to the latter:
@@ -162,28 +160,13 @@ class Flux2(KlLatents):
         """dev's and the base klein's; the distilled klein does without."""
         return 1.0 if self.guidance(pipeline, config) is Guidance.NONE else 4.0
 
-    def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
-        """n + scale (p - n) (`Flux2KleinPipeline.__call__`)."""
-        return negative + scale * (positive - negative)
-
     def guidance_arguments(self, scale: float) -> str:
         """The same for both pipelines; neither takes a negative prompt, and klein's is empty."""
         return f"guidance_scale={scale:g}"
 
-    def sigmas(self, pipeline: Path, steps: int, latent: Latent) -> tuple[float, ...]:
-        """As the pipelines ask the scheduler for them."""
-        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(pipeline / "scheduler")
-        even = [1 - k / steps for k in range(steps)]
-        retrieve_timesteps(scheduler, steps, "cpu", sigmas=even, mu=_mu(latent, steps))
-        return tuple(float(sigma) for sigma in scheduler.sigmas[:-1])
-
-    def shift(self, pipeline: Path, latent: Latent) -> float:
-        """exp(mu) or mu where the scheduler shifts by size, else its fixed shift; mu is that of many steps."""
-        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(pipeline / "scheduler")
-        if not scheduler.config.use_dynamic_shifting:
-            return float(scheduler.config.shift)
-        mu = _mu(latent, MANY_STEPS)
-        return math.exp(mu) if scheduler.config.time_shift_type == "exponential" else mu
+    def mu(self, scheduler: FlowMatchEulerDiscreteScheduler, latent: Latent, steps: int) -> float:
+        """By the steps, too."""
+        return float(compute_empirical_mu(patches_of(latent), steps))
 
 
 def patchify(x: Tensor) -> Tensor:
@@ -205,10 +188,6 @@ def _cropped(control: ControlPicture) -> Tensor:
     if max(left, top) < LARGEST_CROP:
         picture = picture.crop((left, top, left + width, top + height))
     return to_pixels(picture, control.size)
-
-
-def _mu(latent: Latent, steps: int) -> float:
-    return float(compute_empirical_mu((latent[1] // PATCH) * (latent[2] // PATCH), steps))
 
 
 def _statistics(vae: AutoencoderKLFlux2) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,8 @@
-"""What families with a 2-D `AutoencoderKL` and a transformer of 2x2 patches have in common, to be inherited."""
+"""What families with a transformer of 2x2 patches have in common, to be inherited: latents and noise levels."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +13,8 @@ from torch import Tensor, nn
 from .recipe import Latent, TextOnly
 
 PATCH = 2
+MANY_STEPS = 200
+"""Where FLUX.2's shift ends to make up for a small number of steps, for which training has no need."""
 
 
 class KlLatents(TextOnly):
@@ -49,32 +50,39 @@ class KlLatents(TextOnly):
 
 
 class EulerShift:
-    """The shift of a `FlowMatchEulerDiscreteScheduler`: fixed, or by the number of the picture's patches."""
+    """The levels of a `FlowMatchEulerDiscreteScheduler`, shifted by a fixed number or by that of the patches."""
+
+    evenly_spaced = True
+    """Whether the pipeline gives the scheduler even levels, or leaves them to it."""
+
+    def sigmas(self, pipeline: Path, steps: int, latent: Latent) -> tuple[float, ...]:
+        """As the pipeline asks the scheduler for them."""
+        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(pipeline / "scheduler")
+        even = [1 - k / steps for k in range(steps)] if self.evenly_spaced else None
+        retrieve_timesteps(scheduler, steps, "cpu", sigmas=even, mu=self.mu(scheduler, latent, steps))
+        return tuple(float(sigma) for sigma in scheduler.sigmas[:-1])
 
     def shift(self, pipeline: Path, latent: Latent) -> float:
-        """exp(mu) or mu where the scheduler shifts by size, else its fixed shift."""
+        """exp(mu) or mu of many steps where the scheduler shifts by size, else its fixed shift.
+
+        A stretch to a last sigma is left out, for training is to cover every noise level.
+        """
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(pipeline / "scheduler")
         if not scheduler.config.use_dynamic_shifting:
             return float(scheduler.config.shift)
-        mu = _mu(scheduler, latent)
+        mu = self.mu(scheduler, latent, MANY_STEPS)
         return math.exp(mu) if scheduler.config.time_shift_type == "exponential" else mu
 
+    def mu(self, scheduler: FlowMatchEulerDiscreteScheduler, latent: Latent, steps: int) -> float:
+        """What the pipeline tells a scheduler that shifts by size: linear in the patches, whatever the steps."""
+        config = scheduler.config
+        limits = config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
+        return float(calculate_shift(patches_of(latent), *limits))
 
-def visited(pipeline: Path, steps: int, latent: Latent, even: Sequence[float] | None = None) -> tuple[float, ...]:
-    """The noise levels that the pipeline's scheduler makes of `even` ones, or where None are given of its own."""
-    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(pipeline / "scheduler")
-    retrieve_timesteps(scheduler, steps, "cpu", sigmas=even, mu=_mu(scheduler, latent))
-    return tuple(float(sigma) for sigma in scheduler.sigmas[:-1])
 
-
-def _mu(scheduler: FlowMatchEulerDiscreteScheduler, latent: Latent) -> float:
-    config = scheduler.config
-    patches = (latent[1] // PATCH) * (latent[2] // PATCH)
-    return float(
-        calculate_shift(
-            patches, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
-        )
-    )
+def patches_of(latent: Latent) -> int:
+    """How many patches cover (C, h, w)."""
+    return (latent[1] // PATCH) * (latent[2] // PATCH)
 
 
 def _reduction(pipeline: Path) -> int:

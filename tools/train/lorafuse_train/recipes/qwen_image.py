@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImagePipeline
-from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift, retrieve_timesteps
+from diffusers import AutoencoderKLQwenImage, QwenImagePipeline
 from torch import Tensor, nn
 
 from lorafuse_train.weights import stored_dtype
 
 from .control_latents import control_latents, stacked_controls
+from .kl import PATCH, EulerShift
 from .recipe import Condition, ControlPicture, Encoded, Guidance, Latent, TextOnly
 
-PATCH = 2
 LONGEST_PROMPT = 512
 """Tokens that `QwenImagePipeline.__call__` keeps by default; a longer caption is cut there too."""
 
 
-class QwenImage(TextOnly):
+class QwenImage(TextOnly, EulerShift):
     """The recipe of Qwen-Image and Qwen-Image-2512 (text to image)."""
 
     family = name = "qwen_image"
@@ -64,18 +62,7 @@ class QwenImage(TextOnly):
 
     def load_text_encoder(self, pipeline: Path, device: torch.device) -> QwenImagePipeline:
         """The family's pipeline with nothing but tokenizer and text encoder, so that the template is its own."""
-        from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
-
-        encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            pipeline / "text_encoder", dtype=stored_dtype(pipeline / "text_encoder")
-        )
-        return QwenImagePipeline(
-            scheduler=None,
-            vae=None,
-            transformer=None,
-            text_encoder=encoder.to(device).eval(),
-            tokenizer=Qwen2Tokenizer.from_pretrained(pipeline / "tokenizer"),
-        )
+        return QwenImagePipeline(**load_text_parts(pipeline, device), scheduler=None, vae=None, transformer=None)
 
     @torch.no_grad()
     def encode_text(self, encoder: QwenImagePipeline, caption: str, controls: Sequence[ControlPicture] = ()) -> Encoded:
@@ -101,13 +88,14 @@ class QwenImage(TextOnly):
         """The model's timestep is sigma itself, and its output is `eps - x0` already, also at the controls' tokens."""
         batch, _, height, width = x.shape
         stored = transformer.img_in.weight  # not `transformer.dtype`, which a fp32 LoRA changes
+        to = {"device": stored.device, "dtype": stored.dtype}
         mask, pictures = condition["mask"], [x, *control_latents(condition)]
-        tokens = [pack(latents).to(stored.device, stored.dtype) for latents in pictures]
+        tokens = [pack(latents).to(**to) for latents in pictures]
         packed = transformer(
             hidden_states=torch.cat(tokens, dim=1),
-            encoder_hidden_states=condition["embeds"].to(stored.device, stored.dtype),
+            encoder_hidden_states=condition["embeds"].to(**to),
             encoder_hidden_states_mask=None if bool(mask.all()) else mask.to(stored.device),
-            timestep=sigma.to(stored.device, stored.dtype),
+            timestep=(1000 * sigma).to(**to) / 1000,  # rounded where the pipelines round
             img_shapes=[[(1, item.shape[2] // PATCH, item.shape[3] // PATCH) for item in pictures]] * batch,
             return_dict=False,
         )[0]
@@ -133,21 +121,17 @@ class QwenImage(TextOnly):
         """Only a negative prompt, though it be a blank, switches the pipeline's guidance on."""
         return "true_cfg_scale=1" if scale == 1 else f'true_cfg_scale={scale:g}, negative_prompt=" "'
 
-    def sigmas(self, pipeline: Path, steps: int, latent: Latent) -> tuple[float, ...]:
-        """As `QwenImagePipeline.__call__` asks the scheduler for them."""
-        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(pipeline / "scheduler")
-        even = [1 - k / steps for k in range(steps)]
-        retrieve_timesteps(scheduler, steps, "cpu", sigmas=even, mu=_mu(scheduler, latent))
-        return tuple(float(sigma) for sigma in scheduler.sigmas[:-1])
 
-    def shift(self, pipeline: Path, latent: Latent) -> float:
-        """exp(mu) or mu where the scheduler shifts by size, else its fixed shift; its stretch to a last sigma is left
-        out, for training is to cover every noise level."""
-        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(pipeline / "scheduler")
-        if not scheduler.config.use_dynamic_shifting:
-            return float(scheduler.config.shift)
-        mu = _mu(scheduler, latent)
-        return math.exp(mu) if scheduler.config.time_shift_type == "exponential" else mu
+def load_text_parts(pipeline: Path, device: torch.device) -> dict[str, Any]:
+    """Tokenizer and text encoder, as the pipelines' classes take them."""
+    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
+    folder = pipeline / "text_encoder"
+    encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=stored_dtype(folder))
+    return {
+        "text_encoder": encoder.to(device).eval(),
+        "tokenizer": Qwen2Tokenizer.from_pretrained(pipeline / "tokenizer"),
+    }
 
 
 def pack(x: Tensor) -> Tensor:
@@ -161,16 +145,6 @@ def unpack(packed: Tensor, height: int, width: int) -> Tensor:
     """The inverse of `pack`, for latents of `height` x `width`."""
     x: Tensor = QwenImagePipeline._unpack_latents(packed, height, width, vae_scale_factor=1)
     return x[:, :, 0]
-
-
-def _mu(scheduler: FlowMatchEulerDiscreteScheduler, latent: Latent) -> float:
-    config = scheduler.config
-    tokens = (latent[1] // PATCH) * (latent[2] // PATCH)
-    return float(
-        calculate_shift(
-            tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
-        )
-    )
 
 
 def _statistics(vae: AutoencoderKLQwenImage) -> tuple[Tensor, Tensor]:

@@ -14,10 +14,9 @@ from PIL import Image
 from transformers import Qwen2VLProcessor
 
 from lorafuse_train.dataset.pictures import stretched
-from lorafuse_train.weights import stored_dtype
 
 from .control_latents import MANY, PIPELINES_AREA, named_controls
-from .qwen_image import QwenImage
+from .qwen_image import QwenImage, load_text_parts
 from .recipe import ControlPicture, Encoded, Shape, Size
 
 STEP = 32
@@ -50,19 +49,9 @@ class QwenImageEdit(QwenImage):
 
     def load_text_encoder(self, pipeline: Path, device: torch.device) -> Any:
         """The pipeline with nothing but processor, tokenizer and text encoder, so that the template is its own."""
-        from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
-
-        encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            pipeline / "text_encoder", dtype=stored_dtype(pipeline / "text_encoder")
-        )
-        return self.pipeline_class(
-            scheduler=None,
-            vae=None,
-            transformer=None,
-            text_encoder=encoder.to(device).eval(),
-            tokenizer=Qwen2Tokenizer.from_pretrained(pipeline / "tokenizer"),
-            processor=StillProcessor.from_pretrained(pipeline / "processor"),
-        )
+        parts = load_text_parts(pipeline, device)
+        processor = StillProcessor.from_pretrained(pipeline / "processor")
+        return self.pipeline_class(**parts, processor=processor, scheduler=None, vae=None, transformer=None)
 
     @torch.no_grad()
     def encode_text(self, encoder: Any, caption: str, controls: Sequence[ControlPicture] = ()) -> Encoded:

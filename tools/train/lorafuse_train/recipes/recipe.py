@@ -187,3 +187,7 @@ class TextOnly:
     def size_arguments(self, height: int, width: int) -> str:
         """As nearly all pipelines take it."""
         return f"height={height}, width={width}"
+
+    def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+        """n + scale (p - n), as nearly all pipelines combine them."""
+        return negative + scale * (positive - negative)

@@ -14,8 +14,8 @@ from lorafuse_train.base import absent_parts
 from lorafuse_train.lora.targets import meta_model
 from lorafuse_train.weights import stored_dtype
 
-from .kl import EulerShift, KlLatents, visited
-from .recipe import Condition, ControlPicture, Encoded, Guidance, Latent
+from .kl import EulerShift, KlLatents
+from .recipe import Condition, ControlPicture, Encoded, Guidance
 
 LONGEST_PROMPT = 256
 """Tokens of T5 that `StableDiffusion3Pipeline.__call__` pads to and cuts at."""
@@ -29,6 +29,7 @@ class Sd3(KlLatents, EulerShift):
     version = 1
     text_parts = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
     optional_parts = ("text_encoder_3", "tokenizer_3")
+    evenly_spaced = False
 
     def load_text_encoder(self, pipeline: Path, device: torch.device) -> StableDiffusion3Pipeline:
         """The family's pipeline with tokenizers, text encoders, and where T5 is missing the transformer's shape."""
@@ -93,14 +94,6 @@ class Sd3(KlLatents, EulerShift):
         """7 for SD3; 4.5 for 3.5, which has norms in its attention, and whose turbo nothing tells from it."""
         return 4.5 if config.get("qk_norm") else 7.0
 
-    def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
-        """n + scale (p - n)."""
-        return negative + scale * (positive - negative)
-
     def guidance_arguments(self, scale: float) -> str:
         """The negative prompt is empty where none is given, which a blank is to its tokenizers too."""
         return f"guidance_scale={scale:g}"
-
-    def sigmas(self, pipeline: Path, steps: int, latent: Latent) -> tuple[float, ...]:
-        """The scheduler's own, as `StableDiffusion3Pipeline.__call__` takes them."""
-        return visited(pipeline, steps, latent)

@@ -130,10 +130,6 @@ class Wan(WanLatents):
         """What the model cards draw with: 4 for A14B, 5 for the others."""
         return 4.0 if DiffusionPipeline.load_config(pipeline).get("boundary_ratio") is not None else 5.0
 
-    def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
-        """n + scale (p - n); both experts of A14B with the same scale."""
-        return negative + scale * (positive - negative)
-
     def guidance_arguments(self, scale: float) -> str:
         """The negative prompt is empty where none is given, which a blank is to the pipelines too; 1 is their off."""
         return f"guidance_scale={scale:g}"

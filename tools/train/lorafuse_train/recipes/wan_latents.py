@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lorafuse_train.dataset.pictures import to_pixels
 
-from .recipe import ControlPicture, Latent, Size, TextOnly
+from .recipe import ControlPicture, Latent, TextOnly
 
 PATCH = 2
 """Latents on a side of a token, the same in every Wan."""
@@ -57,10 +57,6 @@ class WanLatents(TextOnly):
         latents = x0.to(vae.device, torch.float32) * std + mean
         pixels: Tensor = vae.decode(latents[None].to(vae.dtype)).sample[0]
         return pixels.float().cpu()
-
-    def control_size(self, pipeline: Path, picture: Size, target: Size, max_pixels: int) -> Size:
-        """The video's own, whatever the picture's: it is to be its first frame."""
-        return target
 
 
 def encode_first(vae: Any, control: ControlPicture, frames: int) -> Tensor:

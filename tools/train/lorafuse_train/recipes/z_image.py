@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lorafuse_train.weights import stored_dtype
 
-from .kl import PATCH, EulerShift, KlLatents, visited
-from .recipe import Condition, ControlPicture, Encoded, Guidance, Latent
+from .kl import PATCH, EulerShift, KlLatents
+from .recipe import Condition, ControlPicture, Encoded, Guidance
 
 TURBO_SHIFT = 3.0
 LONGEST_PROMPT = 512
@@ -86,7 +86,3 @@ class ZImage(KlLatents, EulerShift):
     def guidance_arguments(self, scale: float) -> str:
         """The pipeline's scale is one less than ours, and 0 is its off."""
         return "guidance_scale=0" if scale == 1 else f'guidance_scale={scale - 1:g}, negative_prompt=" "'
-
-    def sigmas(self, pipeline: Path, steps: int, latent: Latent) -> tuple[float, ...]:
-        """As `ZImagePipeline.__call__` asks the scheduler for them."""
-        return visited(pipeline, steps, latent, [1 - k / steps for k in range(steps)])

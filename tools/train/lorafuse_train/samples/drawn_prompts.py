@@ -87,19 +87,35 @@ def _drawn(request: ValidationPrompt, prompt: Prompt, config: TrainConfig) -> Dr
 
 def _controls(request: ValidationPrompt, sample: Sample, shape: Shape, geometry: Geometry) -> tuple[Control, ...]:
     """Raises ValueError: a size that is no multiple, controls that the family does not take, or unusable ones."""
-    rule, size = geometry.controls, shape[1:]
-    if any(side % geometry.multiple for side in size):
-        raise ValueError(f"is {size[1]}x{size[0]}; both sides must be multiples of {geometry.multiple}")
-    if request.controls:
-        if not rule.least <= len(request.controls) <= rule.most:
-            expected = f"{rule.least}" if rule.least == rule.most else f"{rule.least} to {rule.most}"
-            raise ValueError(f"has {len(request.controls)} control pictures; a {rule.pipeline} takes {expected}")
-        return tuple(control_picture(path, size, geometry) for path in request.controls)
-    if size == sample.size or not sample.controls:
+    size = shape[1:]
+    if request.controls or not sample.controls:
+        return own_controls(request, size, geometry)
+    require_multiples(size, geometry)
+    if size == sample.size:
         return sample.controls
     if any(control.is_video for control in sample.controls):
         raise ValueError("has no control picture, and the dataset's are frames of videos of another size")
     return tuple(control_picture(control.path, size, geometry) for control in sample.controls)
+
+
+def own_controls(request: ValidationPrompt, size: tuple[int, int], geometry: Geometry) -> tuple[Control, ...]:
+    """The pictures that a prompt names, beside a target of (height, width).
+
+    Raises:
+        ValueError: a size or a number of pictures that the family does not take, or an unusable picture.
+    """
+    require_multiples(size, geometry)
+    rule = geometry.controls
+    if not rule.least <= len(request.controls) <= rule.most:
+        expected = f"{rule.least}" if rule.least == rule.most else f"{rule.least} to {rule.most}"
+        raise ValueError(f"has {len(request.controls)} control pictures; a {rule.pipeline} takes {expected}")
+    return tuple(control_picture(path, size, geometry) for path in request.controls)
+
+
+def require_multiples(size: tuple[int, int], geometry: Geometry) -> None:
+    """Raises ValueError: a (height, width) that the family cannot draw."""
+    if any(side % geometry.multiple for side in size):
+        raise ValueError(f"is {size[1]}x{size[0]}; both sides must be multiples of {geometry.multiple}")
 
 
 def control_picture(path: Path, target: tuple[int, int], geometry: Geometry) -> Control:

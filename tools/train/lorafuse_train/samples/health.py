@@ -33,7 +33,7 @@ from lorafuse_train.experts import Expert
 from lorafuse_train.lora.adapter import without
 from lorafuse_train.precision import Precision
 from lorafuse_train.recipes.recipe import Encoded, Latent, Recipe
-from lorafuse_train.samples.sample import TOKENS_AT_ONCE, Schedule, Told, starting_noise, velocity
+from lorafuse_train.samples.sample import Schedule, Told, count_at_once, starting_noise, velocity
 from lorafuse_train.steps.log import JSONL
 
 AGREEMENT, SHARPNESS = "health_agreement", "health_sharpness"
@@ -108,6 +108,8 @@ class Agreement:
             with without(transformer), self.model(transformer) as model:
                 self._states = [self._trajectory(model, told, start) for told, start in self._batches()]
         own = [index for index, sigma in enumerate(self.schedule.sigmas) if self.expert is None or sigma in self.expert]
+        if not own:
+            return 1.0  # no step of the schedule asks the expert that is trained
         apart, size = dict.fromkeys(own, 0.0), dict.fromkeys(own, 0.0)
         for (told, _), states in zip(self._batches(), self._states, strict=True):
             for index in own:
@@ -119,7 +121,7 @@ class Agreement:
 
     def _batches(self) -> Iterable[tuple[Told, Tensor]]:
         """Prompts that go through the model together, and the noise that each starts from."""
-        at_once = max(1, TOKENS_AT_ONCE * 4 // torch.Size(self.latent[1:]).numel())
+        at_once = count_at_once(self.latent)
         for start in range(0, len(self.prompts), at_once):
             part = slice(start, start + at_once)
             told = Told.of(self.recipe, self.prompts[part], self.negatives[part])

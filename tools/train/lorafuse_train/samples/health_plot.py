@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
@@ -19,8 +20,8 @@ def draw_health(points: Sequence[Health]) -> Image.Image:
     pen = ImageDraw.Draw(sheet)
     pen.text((MARGIN, 14), "few-step health (1: as before the training)", INK, ImageFont.load_default(18))
     steps = [point.step for point in points]
-    _panel(pen, MARGIN, "agreement", steps, [point.agreement for point in points], (LEAST_AGREEMENT,))
-    _panel(pen, MARGIN + HEIGHT + GAP, "sharpness", steps, [point.sharpness for point in points], (LEAST_SHARPNESS,))
+    _panel(pen, MARGIN, "agreement", steps, [point.agreement for point in points], LEAST_AGREEMENT)
+    _panel(pen, MARGIN + HEIGHT + GAP, "sharpness", steps, [point.sharpness for point in points], LEAST_SHARPNESS)
     font = ImageFont.load_default(14)
     floor = MARGIN + 2 * HEIGHT + GAP
     for step in dict.fromkeys((steps[0], steps[len(steps) // 2], steps[-1])):
@@ -34,14 +35,11 @@ def _x(step: int, steps: Sequence[int]) -> float:
 
 
 def _panel(
-    pen: ImageDraw.ImageDraw,
-    top: int,
-    name: str,
-    steps: Sequence[int],
-    values: Sequence[float],
-    bounds: Sequence[float],
+    pen: ImageDraw.ImageDraw, top: int, name: str, steps: Sequence[int], values: Sequence[float], least: float
 ) -> None:
-    low, high = min(0.5, *values, *bounds), max(1.1, *values, *bounds)
+    """What is no number, or infinite, lies on the floor."""
+    finite = [value for value in values if math.isfinite(value)]
+    low, high = min([0.5, least, *finite]), max([1.1, *finite])
     font = ImageFont.load_default(14)
 
     def y(value: float) -> float:
@@ -49,15 +47,14 @@ def _panel(
 
     pen.rectangle((MARGIN, top, MARGIN + WIDTH, top + HEIGHT), outline=GRID)
     pen.text((MARGIN, top - 5), name, INK, font, anchor="ls")
-    for value in (1.0, *bounds):
+    for value in (1.0, least):
         pen.text((MARGIN - 6, y(value)), f"{value:g}", FAINT, font, anchor="rm")
     pen.line((MARGIN, y(1), MARGIN + WIDTH, y(1)), GRID)
-    for bound in bounds:
-        for x in range(MARGIN, MARGIN + WIDTH, 12):
-            pen.line((x, y(bound), x + 6, y(bound)), BAD)
-    line = [(_x(step, steps), y(value)) for step, value in zip(steps, values, strict=True)]
+    for x in range(MARGIN, MARGIN + WIDTH, 12):
+        pen.line((x, y(least), x + 6, y(least)), BAD)
+    heights = [y(value) if math.isfinite(value) else top + HEIGHT for value in values]
+    line = [(_x(step, steps), height) for step, height in zip(steps, heights, strict=True)]
     pen.line(line, GOOD, 2)
     for point, value in zip(line, values, strict=True):
-        within = value >= bounds[0] and all(value <= bound for bound in bounds[1:])
-        pen.circle(point, 4, GOOD if within else BAD)
+        pen.circle(point, 4, GOOD if value >= least else BAD)
     pen.text((MARGIN + WIDTH + 6, line[-1][1]), f"{values[-1]:.2f}", INK, font, anchor="lm")

@@ -146,7 +146,7 @@ EDITS = (
     "make it look like a toy",
     "turn day into dusk",
 )
-BUILT_IN: Mapping[str, tuple[str, ...]] = {"wan": MOVING, "hunyuan_video": MOVING, "ltx_video": MOVING, "ltx2": MOVING}
+BUILT_IN: Mapping[str, tuple[str, ...]] = {"wan": MOVING}
 """Families whose prompts are not `STILL`."""
 
 
@@ -161,7 +161,7 @@ def unrelated_prompts(
     if file is None:
         return EDITS if edits else BUILT_IN.get(family, STILL)
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--{option} {file}: cannot be read ({error})") from error
     found = tuple(dict.fromkeys(stripped for line in lines if (stripped := line.strip())))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,11 @@ class Schedule:
     """1: no guidance, half the work."""
     embedded: bool = False
     """Whether the model is told the scale, and needs no second prediction (`Guidance.EMBEDDED`)."""
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether its steps take a second prediction, for a negative prompt."""
+        return self.guidance_scale != 1 and not self.embedded
 
     def __str__(self) -> str:
         steps = f"{len(self.sigmas)} step{'s' * (len(self.sigmas) != 1)}"
@@ -66,6 +72,11 @@ def noise_from(seed: int, latent: Latent) -> Tensor:
     FLUX.2's pipelines draw the same numbers in the order of their patches, and so start elsewhere.
     """
     return torch.randn(latent, generator=torch.Generator().manual_seed(seed))
+
+
+def count_at_once(latent: Latent) -> int:
+    """How many pictures or videos of a latent shape go through the model together."""
+    return max(1, TOKENS_AT_ONCE * 4 // math.prod(latent[1:]))
 
 
 def draw_row(
@@ -106,7 +117,7 @@ def _batches(columns: Sequence[Column], row: int) -> list[list[int]]:
     for indices in groups.values():
         column = columns[indices[0]]
         # Control pictures may have many more tokens than what is drawn.
-        at_once = 1 if column.controls else max(1, TOKENS_AT_ONCE * 4 // column.noise.shape[1:].numel())
+        at_once = 1 if column.controls else count_at_once(column.noise.shape)
         batches += [indices[start : start + at_once] for start in range(0, len(indices), at_once)]
     return batches
 
@@ -151,13 +162,16 @@ def velocity(
     recipe: Recipe, transformer: Any, x: Tensor, sigma: float, told: Told, schedule: Schedule, precision: Precision
 ) -> Tensor:
     """v of `x` (B, C, ...) at one noise level, with the schedule's guidance; fp32, on the device."""
-    scale, positive = schedule.guidance_scale, told.positive
-    if schedule.embedded:
-        positive = {**positive, "guidance": torch.full((len(x),), scale)}
+    positive = with_guidance(told.positive, schedule, len(x))
     levels = torch.full((len(x),), sigma, device=x.device)
     transformer = model_at(transformer, sigma)
     with precision.compute():
         v = recipe.predict(transformer, x, levels, positive)
-        if scale != 1 and not schedule.embedded:
-            v = recipe.guide(v, recipe.predict(transformer, x, levels, told.negative), scale)
+        if schedule.is_guided:
+            v = recipe.guide(v, recipe.predict(transformer, x, levels, told.negative), schedule.guidance_scale)
     return v
+
+
+def with_guidance(condition: Condition, schedule: Schedule, count: int) -> Condition:
+    """With the guidance scale that a model which embeds it is told."""
+    return {**condition, "guidance": torch.full((count,), schedule.guidance_scale)} if schedule.embedded else condition

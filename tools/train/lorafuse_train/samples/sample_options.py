@@ -13,8 +13,6 @@ from lorafuse_common.errors import ConfigError
 from lorafuse_train.options.entry import BASE, LORA, MEMORY, ONE_OR_MORE, OUTPUT, SAMPLES, SEED, Entry
 from lorafuse_train.options.option import Option, option_of
 
-SAMPLE_COMMAND = "sample"
-
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:

@@ -11,7 +11,7 @@ from lorafuse_common.errors import ConfigError, LorafuseError, OutputError
 from lorafuse_common.tensorfile import read_header
 from lorafuse_train.base import Base, check_parts, open_base
 from lorafuse_train.console import say
-from lorafuse_train.dataset.data import Control, Prompt
+from lorafuse_train.dataset.data import Prompt
 from lorafuse_train.dataset.pictures import Geometry, geometry
 from lorafuse_train.lora.base_match import KEY, require_same_base
 from lorafuse_train.lora.loaded_lora import LoadedLora, read_adapter
@@ -19,7 +19,7 @@ from lorafuse_train.options.config import TrainConfig
 from lorafuse_train.options.options import NOWHERE
 from lorafuse_train.recipes import recipe_for
 from lorafuse_train.recipes.recipe import Guidance, Latent, Recipe
-from lorafuse_train.samples.drawn_prompts import control_picture
+from lorafuse_train.samples.drawn_prompts import own_controls
 from lorafuse_train.samples.sample import Schedule
 from lorafuse_train.samples.sample_options import SampleConfig, parse_lora
 from lorafuse_train.samples.validation_prompts import ValidationPrompt, read_prompts
@@ -136,7 +136,7 @@ def _prompts(
     for request in asked:
         size = (request.height or usual[0], request.width or usual[1])
         try:
-            controls = _controls(request, size, shaping)
+            controls = own_controls(request, size, shaping)
         except ValueError as error:
             faults.append(f"{request.prompt!r}: {error}")
             continue
@@ -144,17 +144,6 @@ def _prompts(
     if faults:
         raise ConfigError("these cannot be drawn:\n" + "\n".join(f"  {fault}" for fault in faults))
     return found
-
-
-def _controls(request: ValidationPrompt, size: tuple[int, int], shaping: Geometry) -> tuple[Control, ...]:
-    """Raises ValueError: a size or a number of pictures that the family does not take, or an unusable picture."""
-    rule = shaping.controls
-    if any(side % shaping.multiple for side in size):
-        raise ValueError(f"is {size[1]}x{size[0]}; both sides must be multiples of {shaping.multiple}")
-    if not rule.least <= len(request.controls) <= rule.most:
-        expected = f"{rule.least}" if rule.least == rule.most else f"{rule.least} to {rule.most}"
-        raise ValueError(f"has {len(request.controls)} pictures to start from; a {rule.pipeline} takes {expected}")
-    return tuple(control_picture(path, size, shaping) for path in request.controls)
 
 
 def choose_schedule(request: Request, asked: ValidationPrompt, latent: Latent) -> Schedule:

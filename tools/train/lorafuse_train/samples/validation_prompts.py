@@ -67,7 +67,8 @@ def read_prompts(path: Path, option: str = "--validation_prompts") -> tuple[Vali
 
 
 def _text_lines(text: str, faults: list[str]) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not `splitlines`: prompts may hold U+2028 and other characters that it takes for the end of a line.
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield f"line {number}", line.strip()
 

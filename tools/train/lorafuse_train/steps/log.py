@@ -151,7 +151,8 @@ def _clock(seconds: float) -> str:
 
 def _kept(path: Path, done: int) -> list[str]:
     """The lines that an interrupted run wrote of the steps that are kept."""
-    lines = path.read_text(encoding="utf-8").splitlines() if done and path.is_file() else []
+    # What stands behind the last line's end is a line that was cut short.
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if done and path.is_file() else []
     if path.suffix == ".csv":
         return [line for line in lines[1:] if int(line.split(",")[0]) <= done]
     return [line for line in lines if json.loads(line)["step"] <= done]

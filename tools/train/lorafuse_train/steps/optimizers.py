@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from lorafuse_common.errors import ConfigError
-from lorafuse_train.dataset.packing import pack, restore_optimizer, unpack
 from lorafuse_train.options.config import TrainConfig
 from lorafuse_train.options.config_training import PRODIGY
+from lorafuse_train.steps.packing import pack, restore_optimizer, unpack
 
 UNFIT = (TypeError, ValueError, RuntimeError, NotImplementedError, KeyError, AttributeError, IndexError)
 """What optimizers raise on arguments or weights that are not for them."""

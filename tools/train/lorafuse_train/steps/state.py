@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from lorafuse_common.errors import ConfigError
 from lorafuse_common.publish import publish, recover
-from lorafuse_train.dataset.packing import pack, restore_optimizer, unpack
 from lorafuse_train.lora.adapter import FILE_NAME
 from lorafuse_train.lora.lora_file import save_lora
 from lorafuse_train.steps.ema import Ema
+from lorafuse_train.steps.packing import pack, restore_optimizer, unpack
 
 TENSORS_NAME, STATE_NAME = "training_state.safetensors", "training_state.json"
 LATEST = "latest"
