@@ -19,8 +19,9 @@ import torch
 from lorafuse_common.checkpoint import open_checkpoint
 from lorafuse_common.tensorfile import TensorRef, read_rows
 from lorafuse_fuse.blocks import EDIT_BLOCK_ELEMENTS, PIECE_BYTES
+from lorafuse_fuse.choices import LoraRequest
 from lorafuse_fuse.edit import Editor
-from lorafuse_fuse.plan import ComponentPlan, LoraRequest, plan_fuse
+from lorafuse_fuse.plan import ComponentPlan, plan_fuse
 
 _REPEATS = 3
 _HASHED_BYTES = 256 << 20

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from lorafuse_common.algebras import ALGEBRAS, Block, algebra_of
 from lorafuse_common.checkpoint import open_checkpoint
+from lorafuse_fuse.choices import LoraRequest
 from lorafuse_fuse.fuse import FuseOptions, fuse, require_clean
-from lorafuse_fuse.plan import LoraRequest, plan_fuse
+from lorafuse_fuse.plan import plan_fuse
 
 Tensors = Mapping[str, torch.Tensor]
 

@@ -19,8 +19,9 @@ from lorafuse_common.conversion import Converted, plan_conversion, write_convers
 from lorafuse_common.dialects import DIALECTS
 from lorafuse_common.lora import read_lora
 from lorafuse_common.naming import Family, Layout
+from lorafuse_fuse.choices import LoraRequest
 from lorafuse_fuse.fuse import FuseOptions, fuse, require_clean
-from lorafuse_fuse.plan import LoraRequest, plan_fuse
+from lorafuse_fuse.plan import plan_fuse
 
 Run = Callable[..., tuple[int, str, str]]
 Tensors = dict[str, torch.Tensor]

@@ -31,7 +31,8 @@ from benchmarks.scaling import cases_of, fit, parse_arguments
 from benchmarks.summary import Floor, Spread, summarise, targets
 from benchmarks.workspace import BenchmarkError, require_space, workspace
 from lorafuse_common.checkpoint import open_checkpoint
-from lorafuse_fuse.plan import LoraRequest, plan_fuse
+from lorafuse_fuse.choices import LoraRequest
+from lorafuse_fuse.plan import plan_fuse
 
 TINY = 0.003
 SHAPE = shape_for(TINY)

@@ -14,8 +14,9 @@ from diffusers import DiffusionPipeline
 from safetensors import safe_open
 
 from lorafuse_common.checkpoint import open_checkpoint
+from lorafuse_fuse.choices import LoraRequest
 from lorafuse_fuse.fuse import FuseOptions, fuse, require_clean
-from lorafuse_fuse.plan import LoraRequest, plan_fuse
+from lorafuse_fuse.plan import plan_fuse
 from lorafuse_fuse.usage import choose_usage
 
 DEMO = ROOT / "examples" / "shapes"

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 from lorafuse_common.algebras import ALGEBRAS, UNSUPPORTED, Shape, algebra, algebra_of, boft
 from lorafuse_common.checkpoint import open_checkpoint
-from lorafuse_fuse.fit import ProblemKind
-from lorafuse_fuse.plan import LoraRequest, plan_fuse
+from lorafuse_fuse.choices import LoraRequest, ProblemKind
+from lorafuse_fuse.plan import plan_fuse
 
 
 def model() -> torch.nn.Sequential:

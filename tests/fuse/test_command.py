@@ -20,7 +20,7 @@ from lorafuse_common.dialects.lightning import LIGHTNING
 from lorafuse_common.errors import ConfigError
 from lorafuse_common.manifest import read_manifest, verify_manifest
 from lorafuse_fuse import asking, carry, edit, execute, stream
-from lorafuse_fuse.plan import LoraRequest
+from lorafuse_fuse.choices import Components, LoraRequest
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -257,7 +257,7 @@ def test_large_files_of_other_components_are_linked_or_copied(
 def test_reflinks_fall_back(tmp_path: Path) -> None:
     """Whatever this file system can do, the file arrives."""
     (tmp_path / "a").write_bytes(b"a" * (carry.SMALL_BYTES + 1))
-    carry.carry(tmp_path / "a", tmp_path / "b", tmp_path / "b", carry.Components.LINK)
+    carry.carry(tmp_path / "a", tmp_path / "b", tmp_path / "b", Components.LINK)
     assert (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes()
 
 

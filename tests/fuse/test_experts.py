@@ -16,7 +16,7 @@ from lorafuse_common.dialects.comfy import COMFY
 from lorafuse_common.dialects.diffusers import DIFFUSERS
 from lorafuse_common.manifest import read_manifest
 from lorafuse_fuse.asking import parse_lora, with_alphas
-from lorafuse_fuse.plan import LoraRequest
+from lorafuse_fuse.choices import LoraRequest
 
 Run = Callable[..., tuple[int, str, str]]
 Q = "blocks.0.attn1.to_q"

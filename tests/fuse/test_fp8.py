@@ -14,9 +14,9 @@ from lorafuse_common.dialects.comfy import COMFY
 from lorafuse_common.errors import CheckpointError, PlanError
 from lorafuse_common.manifest import read_manifest
 from lorafuse_fuse import blocks
-from lorafuse_fuse.fit import ProblemKind
+from lorafuse_fuse.choices import LoraRequest, ProblemKind
 from lorafuse_fuse.fuse import FuseOptions, fuse, require_clean
-from lorafuse_fuse.plan import LoraRequest, open_bases, plan_fuse
+from lorafuse_fuse.plan import open_bases, plan_fuse
 
 MODULE = "transformer_blocks.0.attn.to_q"
 PREFIX = "model.diffusion_model."

@@ -17,7 +17,7 @@ from lorafuse_common.dialects.lightning import LIGHTNING
 from lorafuse_common.dialects.peft import PEFT
 from lorafuse_common.manifest import read_manifest, verify_manifest
 from lorafuse_common.tensorfile import read_header
-from lorafuse_fuse.fit import ProblemKind
+from lorafuse_fuse.choices import ProblemKind
 
 Run = Callable[..., tuple[int, str, str]]
 CONFIG = {"lora_adapter_metadata": '{"r": 4, "lora_alpha": 4}'}

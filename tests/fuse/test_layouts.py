@@ -31,9 +31,9 @@ from lorafuse_common.families.flux import FLUX
 from lorafuse_common.families.hunyuan_video import HUNYUAN_VIDEO
 from lorafuse_common.naming import Family, Layout
 from lorafuse_fuse import blocks
-from lorafuse_fuse.fit import ProblemKind
+from lorafuse_fuse.choices import LoraRequest, ProblemKind
 from lorafuse_fuse.fuse import FuseOptions, fuse, require_clean
-from lorafuse_fuse.plan import LoraRequest, plan_fuse
+from lorafuse_fuse.plan import plan_fuse
 
 Tensors = dict[str, torch.Tensor]
 

@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from lorafuse_common.checkpoint import Checkpoint, open_checkpoint
 from lorafuse_common.dialects import DIALECTS
 from lorafuse_common.naming import Layout
+from lorafuse_fuse.choices import LoraRequest
 from lorafuse_fuse.inspection import inspect_path
-from lorafuse_fuse.plan import LoraRequest, plan_fuse
+from lorafuse_fuse.plan import plan_fuse
 
 RANK = 2
 

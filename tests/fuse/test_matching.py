@@ -20,9 +20,9 @@ from lorafuse_common.dialects.kohya import KOHYA
 from lorafuse_common.families.flux import FLUX
 from lorafuse_common.families.flux2 import FLUX2
 from lorafuse_common.naming import Family
-from lorafuse_fuse.fit import ProblemKind
+from lorafuse_fuse.choices import LoraRequest, ProblemKind
 from lorafuse_fuse.fuse import FuseOptions, fuse, require_clean
-from lorafuse_fuse.plan import FusePlan, LoraRequest, plan_fuse
+from lorafuse_fuse.plan import FusePlan, plan_fuse
 
 Tensors = dict[str, torch.Tensor]
 Q, K, V = (f"transformer_blocks.0.attn.to_{n}" for n in "qkv")

@@ -15,9 +15,9 @@ from lorafuse_common.dialects.kohya import KOHYA
 from lorafuse_common.dialects.lightning import LIGHTNING
 from lorafuse_common.errors import LorafuseError, PlanError
 from lorafuse_common.manifest import read_manifest
-from lorafuse_fuse.fit import ProblemKind
+from lorafuse_fuse.choices import LoraRequest, ProblemKind
 from lorafuse_fuse.fuse import FuseOptions, fuse, require_clean
-from lorafuse_fuse.plan import FusePlan, LoraRequest, plan_fuse
+from lorafuse_fuse.plan import FusePlan, plan_fuse
 from lorafuse_fuse.report import describe_plan
 
 A, B = torch.randn(4, 48), torch.randn(48, 4)

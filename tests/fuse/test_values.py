@@ -22,8 +22,9 @@ from lorafuse_common.dialects.peft import PEFT
 from lorafuse_common.errors import ConfigError
 from lorafuse_common.manifest import read_manifest, verify_manifest
 from lorafuse_fuse import blocks
+from lorafuse_fuse.choices import LoraRequest
 from lorafuse_fuse.fuse import FuseOptions, fuse, require_clean
-from lorafuse_fuse.plan import LoraRequest, plan_fuse
+from lorafuse_fuse.plan import plan_fuse
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

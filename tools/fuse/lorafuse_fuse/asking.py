@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lorafuse_common.errors import ConfigError
 
-from .plan import LoraRequest
+from .choices import LoraRequest
 from .terminal import say
 
 

@@ -5,20 +5,14 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from enum import StrEnum
 from pathlib import Path
+
+from .choices import Components
 
 SMALL_BYTES = 16 << 20
 """Files up to this size (configs, tokenizers, demo models) are always copied."""
 _FICLONE = 0x40049409
 """Linux's ioctl that lets two files share their blocks until one changes (btrfs, xfs, bcachefs)."""
-
-
-class Components(StrEnum):
-    """How large files of the other components are carried over."""
-
-    LINK = "link"
-    COPY = "copy"
 
 
 def carry(source: Path, target: Path, final: Path, how: Components) -> None:

@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,22 +15,17 @@ from lorafuse_common import __version__
 from lorafuse_common.errors import LorafuseError
 
 from .asking import parse_lora, with_alphas
-from .carry import Components
+from .choices import STORED_AS, Components, Device, Dtype, KeepLoras, ProblemKind, Rounding
 from .file_commands import convert_command, inspect_command, report_command, verify_command
-from .fit import ProblemKind
-from .keep import KeepLoras
 from .lora_commands import export_command, extract_command
 from .options import (
-    STORED_AS,
     AllowOption,
     AlphaOption,
     BaseArgument,
     ComponentOption,
     ComponentsOption,
-    Device,
     DeviceOption,
     DryRunOption,
-    Dtype,
     DtypeOption,
     ForceOption,
     JsonOption,
@@ -40,16 +35,18 @@ from .options import (
     PlainFp8Option,
     ReportOption,
     RoleOption,
-    Rounding,
     RoundingOption,
     ScheduleOption,
     SeedOption,
     WidenOption,
     WorkersOption,
 )
-from .plan import FusePlan, blocking, open_bases, plan_fuse
 from .stopping import Stopped, stopped_by_signals
 from .terminal import facts_printed, say
+
+if TYPE_CHECKING:
+    from .hub.base import Found
+    from .plan import FusePlan
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -95,10 +92,11 @@ def fuse_command(
 ) -> None:
     """Write a new checkpoint: BASE with the LoRAs added. BASE and the LoRAs are only read."""
     from .fuse import FuseOptions, check_out, fuse, require_clean, require_widening
-    from .hub.base import Found, locate_base
+    from .hub.base import locate_base
     from .hub.names import HubLora
     from .hub.repository import fetch_lora, locate_lora
     from .lineage import with_repeats
+    from .plan import open_bases, plan_fuse
     from .report import describe_plan, plan_json
     from .usage import choose_usage
 
@@ -200,6 +198,8 @@ app.command("extract")(extract_command)
 
 
 def _say_allowed(plan: FusePlan, allowed: tuple[ProblemKind, ...]) -> None:
+    from .plan import blocking
+
     passed = [problem for problem in plan.problems if problem not in blocking(plan.problems, allowed)]
     for problem in passed:
         if problem.kind is ProblemKind.ALREADY_FUSED:

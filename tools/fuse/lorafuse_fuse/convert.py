@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,6 @@ from lorafuse_common.errors import ConfigError
 from lorafuse_common.lora import read_lora
 
 from .progress import size_text
-
-
-class Losable(StrEnum):
-    """What a conversion may leave out."""
-
-    OTHER_COMPONENT = "OTHER_COMPONENT"
 
 
 def dialect_named(name: str) -> Dialect:

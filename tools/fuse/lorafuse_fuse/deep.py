@@ -10,12 +10,12 @@ from lorafuse_common.errors import CheckpointError
 from lorafuse_common.manifest import Manifest
 from lorafuse_common.tensorfile import TensorFile, TensorRef, read_header
 
+from .choices import LoraRequest, ProblemKind
 from .deviation import Deviation, deviations
 from .execute import check_factors
 from .faults import Fault, FaultKind
-from .fit import ProblemKind
 from .fuse import HEADER_KEY
-from .plan import ComponentPlan, FusePlan, LoraRequest, open_bases, plan_fuse, without_damaged
+from .plan import ComponentPlan, FusePlan, open_bases, plan_fuse, without_damaged
 
 _BLOCK_BYTES = 8 << 20
 Progress = Callable[[int], object]

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from lorafuse_common.algebras import Algebra, Shape
 from lorafuse_common.crossing import Run
 from lorafuse_common.lora import LoraModule
-from lorafuse_common.manifest import Origin
 
-from .fit import ProblemKind
+from .choices import LoraRequest, ProblemKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,26 +22,6 @@ class Problem:
     subject: str
     """The key or module it is about, as the file spells it."""
     detail: str
-
-
-@dataclass(frozen=True, slots=True)
-class LoraRequest:
-    """A LoRA as the user asked for it."""
-
-    path: Path
-    strength: float = 1.0
-    component: str | None = None
-    """The transformer of the pipeline that it is for; None for the one that is fused anyway."""
-    alpha: float | None = None
-    """The alpha that the user states for all its modules."""
-    origin: Origin | None = None
-    """Where on the hub it came from."""
-
-    @property
-    def label(self) -> str:
-        """What to call it in messages: the path as it was given, and the component where one was."""
-        name = self.origin.uri if self.origin else str(self.path)
-        return f"{name}@{self.component}" if self.component else name
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,9 +18,9 @@ from lorafuse_common.manifest import TensorChange
 from lorafuse_common.signals import held_signals
 from lorafuse_common.tensorfile import DTYPE_BITS, TensorFile, TensorRef, encode_header, read_tensor
 
+from .choices import ProblemKind
 from .codec import scale_bytes
 from .edit import Editor, piece_rows
-from .fit import ProblemKind
 from .plan import ComponentPlan, FusePlan, Problem
 from .stream import Stream
 

@@ -19,8 +19,7 @@ from lorafuse_common.hashing import sha256_of
 from lorafuse_common.manifest import FusedLora, Manifest, Role, find_lora
 from lorafuse_common.tensorfile import read_header
 
-from .entries import LoraRequest
-from .fit import ProblemKind
+from .choices import LoraRequest, ProblemKind
 from .fuse import HEADER_KEY, require_clean
 from .plan import FusePlan, plan_fuse, without_damaged
 

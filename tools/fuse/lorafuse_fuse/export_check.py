@@ -20,8 +20,8 @@ from lorafuse_common.hashing import sha256_of
 from lorafuse_common.manifest import FileRecord, Manifest, weights_sha256
 from lorafuse_common.tensorfile import TensorRef
 
+from .choices import LoraRequest
 from .deep import stored_alike
-from .entries import LoraRequest
 from .plan import ComponentPlan, plan_fuse
 from .progress import ByteProgress
 from .reference import delta_of, matrix, stored_rows

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .asking import lora_request
-from .convert import Losable
+from .choices import LoraRequest, Losable
 from .options import (
     ComponentOption,
     FamilyOption,
@@ -22,7 +22,6 @@ from .options import (
     ReplaceOption,
     ToOption,
 )
-from .plan import LoraRequest
 from .terminal import facts_printed, printable, say
 
 if TYPE_CHECKING:

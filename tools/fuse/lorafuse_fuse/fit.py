@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import NamedTuple
 
 from lorafuse_common.algebras import UNSUPPORTED, Algebra, Shape, algebra_of
@@ -15,25 +14,7 @@ from lorafuse_common.quantised import FP8_DTYPES, Fp8Scale, scale_of
 from lorafuse_common.scale import ScaleConflictError, resolve_scale
 from lorafuse_common.tensorfile import FLOAT_DTYPES, TensorRef
 
-
-class ProblemKind(StrEnum):
-    """Why a part of a LoRA cannot be fused as asked."""
-
-    NOT_A_LORA = "NOT_A_LORA"
-    UNREAD_KEY = "UNREAD_KEY"
-    DUPLICATE_KEY = "DUPLICATE_KEY"
-    DUPLICATE_MODULE = "DUPLICATE_MODULE"
-    OTHER_COMPONENT = "OTHER_COMPONENT"
-    NO_SUCH_MODULE = "NO_SUCH_MODULE"
-    AMBIGUOUS_MODULE = "AMBIGUOUS_MODULE"
-    INCOMPLETE_MODULE = "INCOMPLETE_MODULE"
-    UNKNOWN_ALGEBRA = "UNKNOWN_ALGEBRA"
-    SHAPE_MISMATCH = "SHAPE_MISMATCH"
-    UNEDITABLE_DTYPE = "UNEDITABLE_DTYPE"
-    SCALE_CONFLICT = "SCALE_CONFLICT"
-    NOT_FINITE = "NOT_FINITE"
-    NO_EFFECT = "NO_EFFECT"
-    ALREADY_FUSED = "ALREADY_FUSED"
+from .choices import ProblemKind
 
 
 class Misfit(NamedTuple):

@@ -28,9 +28,9 @@ from lorafuse_common.tensorfile import read_header
 
 from .adjust import adjusted_files
 from .blocks import default_workers
-from .carry import SMALL_BYTES, Components, carry
-from .fit import ProblemKind
-from .keep import Keeper, KeepLoras, kept_nbytes
+from .carry import SMALL_BYTES, carry
+from .choices import Components, KeepLoras, ProblemKind
+from .keep import Keeper, kept_nbytes
 from .plan import FusePlan, blocking, without_damaged
 from .progress import ByteProgress, size_text
 from .record import (

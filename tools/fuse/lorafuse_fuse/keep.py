@@ -12,7 +12,6 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from pathlib import Path
 
 from lorafuse_common.hashing import sha256_of
@@ -20,17 +19,11 @@ from lorafuse_common.manifest import KEPT_FOLDER, FusedLora, Manifest, Parent, f
 from lorafuse_common.scale import ADAPTER_CONFIG
 
 from .carry import reflink
+from .choices import KeepLoras
 from .plan import FusePlan
 
 NEAR = 3
 """How many folders up from the fused one a file may lie to count as near."""
-
-
-class KeepLoras(StrEnum):
-    """Whether the fused folder gets copies of its LoRAs."""
-
-    COPY = "copy"
-    NONE = "none"
 
 
 @dataclass(frozen=True, slots=True)

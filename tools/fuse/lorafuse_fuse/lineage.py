@@ -10,8 +10,8 @@ from lorafuse_common.checkpoint import Checkpoint
 from lorafuse_common.hashing import sha256_of
 from lorafuse_common.manifest import FusedLora, Origin
 
+from .choices import ProblemKind
 from .entries import LoraPlan, Problem
-from .fit import ProblemKind
 from .plan import FusePlan
 from .record import base_manifest
 

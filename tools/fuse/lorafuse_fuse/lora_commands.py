@@ -12,9 +12,8 @@ import typer
 from lorafuse_common.errors import ConfigError
 
 from .asking import lora_request
-from .convert import dialect_named
-from .options import STORED_AS, ComponentOption, Device, DeviceOption, Dtype, JsonOption, ReplaceOption
-from .plan import LoraRequest
+from .choices import STORED_AS, Device, Dtype, LoraRequest
+from .options import ComponentOption, DeviceOption, JsonOption, ReplaceOption
 from .progress import size_text
 from .terminal import facts_printed, say
 
@@ -97,6 +96,7 @@ def export_command(
 
 
 def _target(out: Path, to: str, dtype: Dtype, vectors: VectorsChoice, *, force: bool) -> Target:
+    from .convert import dialect_named
     from .lora_out import Target, Vectors
 
     return Target(out, dialect_named(to), STORED_AS[dtype], Vectors(vectors.value), force)

@@ -14,8 +14,9 @@ from lorafuse_common.errors import LoraFileError
 from lorafuse_common.lora import LoraFile, LoraModule, Match, match_lora, owner_of, read_lora
 
 from .causes import likely_cause
-from .entries import LoraPlan, LoraRequest, Patch, Problem
-from .fit import Fitted, Ground, Harmless, Misfit, ProblemKind, fit_module
+from .choices import LoraRequest, ProblemKind
+from .entries import LoraPlan, Patch, Problem
+from .fit import Fitted, Ground, Harmless, Misfit, fit_module
 
 LARGEST_SCALE, MOST_VARIATION = 16.0, 8.0
 """Beyond these, scales are pointed out: files that are meant so were not seen."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,36 +9,7 @@ import typer
 
 from lorafuse_common.manifest import Role
 
-from .carry import Components
-from .convert import Losable
-from .fit import ProblemKind
-from .keep import KeepLoras
-
-
-class Dtype(StrEnum):
-    """What edited tensors are stored as."""
-
-    KEEP = "keep"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-    FLOAT32 = "float32"
-
-
-class Device(StrEnum):
-    """Where the arithmetic of a fuse is done."""
-
-    CPU = "cpu"
-    CUDA = "cuda"
-
-
-class Rounding(StrEnum):
-    """How an fp32 sum becomes a number of the tensor's dtype."""
-
-    NEAREST = "nearest"
-    STOCHASTIC = "stochastic"
-
-
-STORED_AS = {Dtype.KEEP: None, Dtype.BFLOAT16: "BF16", Dtype.FLOAT16: "F16", Dtype.FLOAT32: "F32"}
+from .choices import Components, Device, Dtype, KeepLoras, Losable, ProblemKind, Rounding
 
 BaseArgument = Annotated[
     str,

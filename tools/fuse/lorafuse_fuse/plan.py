@@ -14,15 +14,15 @@ from lorafuse_common.errors import CheckpointError, ConfigError
 from lorafuse_common.quantised import Fp8Scale, packed_format
 from lorafuse_common.tensorfile import DTYPE_BITS, Stored, TensorRef
 
-from .entries import LoraPlan, LoraRequest, Patch, Problem
-from .fit import Ground, ProblemKind, ground_of
+from .choices import LoraRequest, ProblemKind
+from .entries import LoraPlan, Patch, Problem
+from .fit import Ground, ground_of
 from .lora_plan import plan_lora
 
 __all__ = [
     "ComponentPlan",
     "FusePlan",
     "LoraPlan",
-    "LoraRequest",
     "Patch",
     "Problem",
     "blocking",

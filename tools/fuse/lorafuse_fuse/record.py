@@ -22,7 +22,7 @@ from lorafuse_common.manifest import (
     weights_sha256,
 )
 
-from .fit import ProblemKind
+from .choices import ProblemKind
 from .plan import FusePlan, LoraPlan
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from lorafuse_common.checkpoint import Checkpoint, foreign_weights
 from lorafuse_common.manifest import Manifest, Role
 
+from .choices import ProblemKind
 from .findings import WEAK_GAIN, Advice, Findings, findings_of
-from .fit import ProblemKind
 from .plan import FusePlan, LoraPlan, Problem
 from .progress import size_text
 

@@ -15,7 +15,7 @@ from typing import Any
 from lorafuse_common import __version__
 from lorafuse_common.errors import HubError
 from lorafuse_common.manifest import Origin
-from lorafuse_fuse.plan import LoraRequest
+from lorafuse_fuse.choices import LoraRequest
 from lorafuse_fuse.progress import ByteProgress, size_text
 
 from .errors import explained, not_cached

@@ -8,9 +8,9 @@ from lorafuse_common.checkpoint import Checkpoint, Form
 from lorafuse_common.families import FAMILIES
 from lorafuse_common.manifest import FusedLora, Manifest, Parent, Role
 from lorafuse_common.tensorfile import TensorRef
+from lorafuse_fuse.choices import ProblemKind
 from lorafuse_fuse.commands import base_text, number
 from lorafuse_fuse.findings import WEAK_GAIN, Findings, components_of
-from lorafuse_fuse.fit import ProblemKind
 from lorafuse_fuse.progress import size_text
 
 from .heatmap import percent
