@@ -110,7 +110,12 @@ def _refuse_others(staged: Mapping[Path, Path]) -> None:
     """Refuse to replace a file that has other content than the staged one."""
     for path, temporary in staged.items():
         if path.exists() and not filecmp.cmp(temporary, path, shallow=False):
-            raise OutputError(f"{path}: exists with other content. Choose another --out, or replace it with --force.")
+            raise OutputError(other_content(path))
+
+
+def other_content(path: Path) -> str:
+    """What is said of a file that would be replaced."""
+    return f"{path}: exists with other content. Choose another --out, or replace it with --force."
 
 
 def _sync(folder: Path) -> None:

@@ -339,6 +339,17 @@ def test_damaged_modules_stay_left_out(run: Run, base: Path, tmp_path: Path) -> 
     )
 
 
+def test_what_does_not_fit_cannot_be_allowed(run: Run, base: Path, tmp_path: Path) -> None:
+    """A LoRA that was trained on the fused base fits it: export has no `--allow`, and does not advise it."""
+    fused = fuse_one(run, base, some_lora(tmp_path / "style.safetensors"), tmp_path / "fused")
+    new = new_lora(tmp_path / "new.safetensors", fused)
+    tensors = load_file(new) | {"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(2, 4)}
+    save_file(tensors, new)
+    err = refused(run, "export", new, "--fused", fused, "--out", tmp_path / "o.safetensors")
+    assert "OTHER_COMPONENT" in err
+    assert "--allow " not in err
+
+
 def test_scaffolds_are_dropped(run: Run, base: Path, tmp_path: Path) -> None:
     """Of a scaffold alone the new LoRA is for the original already; under it, what was deployed stays."""
     adapter = some_lora(tmp_path / "adapter.safetensors")

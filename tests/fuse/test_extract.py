@@ -16,6 +16,7 @@ from table_models import base_file, lora_file
 from lorafuse_common.dialects.lightning import LIGHTNING
 from lorafuse_common.families.flux import FLUX
 from lorafuse_common.manifest import read_manifest
+from lorafuse_fuse import extract
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -201,3 +202,21 @@ def test_what_cannot_be_compared(run: Run, pair: tuple[Path, Path], tmp_path: Pa
     assert not (tmp_path / "o.safetensors").exists()
     inside = next(base.glob("*.safetensors"))
     assert "is the input" in refused(run, "extract", fused, "--base", base, "--rank", "2", "--out", inside, "--force")
+
+
+def test_another_lora_is_not_replaced(
+    run: Run, pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said before anything is computed; the same command again finds its own result."""
+    fused, base = pair
+    out = tmp_path / "o.safetensors"
+    args = ("extract", fused, "--base", base, "--out", out, "--to", "comfyui")
+    succeed(run, *args, "--rank", "2")
+    made = out.read_bytes()
+    succeed(run, *args, "--rank", "2")
+    monkeypatch.setattr(extract, "_extracted", None)  # a call would fail
+    assert "exists with other content" in refused(run, *args, "--rank", "1")
+    assert out.read_bytes() == made
+    out.write_bytes(b"no LoRA")
+    assert "exists with other content" in refused(run, *args, "--rank", "2")
+    assert out.read_bytes() == b"no LoRA"

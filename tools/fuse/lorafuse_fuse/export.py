@@ -144,7 +144,7 @@ def plan_sum(base: Checkpoint, found: Sequence[Ingredient], new: LoraRequest, co
     plan = plan_fuse(base, [*requests, replace(new, component=component)], plain_fp8=True)
     passed = {request.label: set(its.lora.ignored) for request, its in zip(requests, found, strict=True)}
     problems = [p for p in plan.problems if p.kind.value not in passed.get(p.lora, ())]
-    require_clean(replace(plan, problems=tuple(problems)), ())
+    require_clean(replace(plan, problems=tuple(problems)), None)
     for its, now in zip(found, plan.loras, strict=False):
         lost = its.lora.ignored.get(ProblemKind.NOT_FINITE.value, 0)
         if (now.applied - lost, now.scale) != (its.lora.applied, its.lora.scale):
@@ -175,7 +175,7 @@ def export(
         PlanError: some of them cannot be added up; says which and why.
         ConvertError, OutputError: it cannot be written so, or there.
     """
-    from .lora_out import Vectors, require_place, require_vectors, write_lora
+    from .lora_out import Vectors, require_place, require_same_origin, require_vectors, write_lora
     from .merge import merged, modules_of, obstacles
     from .progress import ByteProgress
 
@@ -189,6 +189,8 @@ def export(
         )
     modules = modules_of(base)
     require_place(target.out, [new.path, *(its.path for its in found), *(file.path for file in base.files)])
+    metadata = _metadata(manifest, found, new, base, rank)
+    require_same_origin(target, metadata)
     vectors = tuple(name for name in only.patches if not modules[name].is_matrix)
     require_vectors(vectors, target)
     skipped = vectors if target.vectors is Vectors.SKIP else ()
@@ -201,7 +203,6 @@ def export(
             if name not in skipped:
                 sums.append(merged(modules[name], patches, rank))
             progress(sum(ref.nbytes for patch in patches for ref in patch.module.factors.values()))
-    metadata = _metadata(manifest, found, new, base, rank)
     nbytes = write_lora(sums, base, target, metadata)
     layers = tuple(
         Layer(its.module.name, its.module.parameter, its.ranks, its.pair.rank if its.pair else 0, its.error)

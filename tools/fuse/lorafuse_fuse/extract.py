@@ -124,11 +124,13 @@ def extract(
         CheckpointError: they are no two versions of one checkpoint, or do not differ.
         ConvertError, OutputError: it cannot be written so, or there.
     """
-    from .lora_out import Vectors, require_place, require_vectors, write_lora
+    from .lora_out import Vectors, require_place, require_same_origin, require_vectors, write_lora
     from .progress import ByteProgress
 
     require_alike(fused, base)
     require_place(target.out, [*(file.path for file in fused.files), *(file.path for file in base.files)])
+    metadata = _metadata(fused, base, rank, energy)
+    require_same_origin(target, metadata)
     with ByteProgress("comparing", 2 * base.nbytes) as progress:
         changed = list(_changed(fused, base, progress))
     if not changed:
@@ -147,7 +149,7 @@ def extract(
         raise CheckpointError(
             f"{fused.label} and {base.label}: no matrices differ, and --vectors skip leaves out the rest"
         )
-    nbytes = write_lora(sums, base, target, _metadata(fused, base, rank, energy))
+    nbytes = write_lora(sums, base, target, metadata)
     skipped = tuple(vectors) if target.vectors is Vectors.SKIP else ()
     return Extracted(tuple(found), skipped, len(_own(base)) - len(found) - len(skipped), nbytes)
 

@@ -75,10 +75,10 @@ class FuseResult:
     up_to_date: bool
 
 
-def require_clean(plan: FusePlan, allowed: Sequence[ProblemKind]) -> None:
-    """Raise PlanError with all problems that the user did not allow."""
-    if stopping := blocking(plan.problems, allowed):
-        raise PlanError(describe_problems(plan, stopping))
+def require_clean(plan: FusePlan, allowed: Sequence[ProblemKind] | None) -> None:
+    """Raise PlanError with all problems that the user did not allow; None: where nothing can be allowed."""
+    if stopping := blocking(plan.problems, allowed or ()):
+        raise PlanError(describe_problems(plan, stopping, can_allow=allowed is not None))
 
 
 def require_widening(plan: FusePlan) -> None:

@@ -14,15 +14,16 @@ from lorafuse_common.checkpoint import Checkpoint
 from lorafuse_common.conversion import plan_conversion, write_conversion
 from lorafuse_common.conversion.factors import Stored, stored
 from lorafuse_common.conversion.spelling import Scaling, adapter_config
-from lorafuse_common.conversion.writer import publish_files, temporary_beside, write_tensors
+from lorafuse_common.conversion.writer import other_content, publish_files, temporary_beside, write_tensors
 from lorafuse_common.dialects import Dialect
 from lorafuse_common.dialects.comfy import COMFY
 from lorafuse_common.dialects.diffusers import DIFFUSERS
-from lorafuse_common.errors import ConvertError, OutputError
+from lorafuse_common.errors import CheckpointError, ConvertError, OutputError
 from lorafuse_common.lora import read_lora
 from lorafuse_common.scale import ADAPTER_CONFIG, METADATA_KEY
-from lorafuse_common.tensorfile import FLOAT_DTYPES
+from lorafuse_common.tensorfile import FLOAT_DTYPES, read_header
 
+from .fuse import HEADER_KEY
 from .merge import Sum
 
 _SHOWN = 5
@@ -58,6 +59,23 @@ def require_place(out: Path, inputs: Sequence[Path]) -> None:
         raise OutputError(f"--out {out}: expected the name of a .safetensors file")
     if clash := next((path for path in inputs if path.resolve() == out.resolve()), None):
         raise OutputError(f"--out {out}: is the input {clash}, which is never changed")
+
+
+def require_same_origin(target: Target, metadata: Mapping[str, str]) -> None:
+    """Refuse to replace a LoRA of something else, before hours of work; one of the same is compared afterwards.
+
+    Raises:
+        OutputError: there is one, and no `--force`.
+    """
+    if target.out.exists() and not target.force and _origin(target.out) != metadata[HEADER_KEY]:
+        raise OutputError(other_content(target.out))
+
+
+def _origin(path: Path) -> str | None:
+    try:
+        return read_header(path).metadata.get(HEADER_KEY)
+    except CheckpointError:
+        return None
 
 
 def require_vectors(names: Sequence[str], target: Target) -> None:

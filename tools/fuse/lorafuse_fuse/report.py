@@ -20,16 +20,22 @@ _ADVICE = {
     ProblemKind.NO_SUCH_MODULE: "Check that the LoRA is for this model.",
     ProblemKind.SHAPE_MISMATCH: "Check that the LoRA is for this size of the model.",
     ProblemKind.SCALE_CONFLICT: "Remove the wrong source (the alphas, the header entry or adapter_config.json).",
-    ProblemKind.OTHER_COMPONENT: "To fuse only the transformer's part, add --allow OTHER_COMPONENT.",
     ProblemKind.INCOMPLETE_MODULE: "Download the file again.",
-    ProblemKind.DUPLICATE_MODULE: "If both say the same, keep the first: --allow DUPLICATE_MODULE.",
     ProblemKind.NO_EFFECT: "The fused checkpoint would equal its base.",
     ProblemKind.ALREADY_FUSED: "Otherwise leave it out.",
 }
+_ALLOWING = {
+    ProblemKind.OTHER_COMPONENT: "To fuse only the transformer's part, add --allow OTHER_COMPONENT.",
+    ProblemKind.DUPLICATE_MODULE: "If both say the same, keep the first: --allow DUPLICATE_MODULE.",
+}
 
 
-def describe_problems(plan: FusePlan, problems: Sequence[Problem]) -> str:
-    """All problems grouped by LoRA and kind, with counts, first names and the likeliest cause."""
+def describe_problems(plan: FusePlan, problems: Sequence[Problem], *, can_allow: bool = True) -> str:
+    """All problems grouped by LoRA and kind, with counts, first names and the likeliest cause.
+
+    `can_allow`: whether the command has `--allow`.
+    """
+    advice = _ADVICE | _ALLOWING if can_allow else _ADVICE
     lines = [f"nothing was written: {len(problems)} problem{'s' if len(problems) > 1 else ''}"]
     for name, lora in {lora.request.label: lora for lora in plan.loras}.items():
         ours = [problem for problem in problems if problem.lora == name]
@@ -42,21 +48,21 @@ def describe_problems(plan: FusePlan, problems: Sequence[Problem]) -> str:
         if lora.cause:
             lines.append(f"  likeliest cause: {lora.cause}")
         for kind in dict.fromkeys(problem.kind for problem in ours):
-            lines += _describe_kind(kind, [problem for problem in ours if problem.kind is kind])
+            lines += _describe_kind(kind, [problem for problem in ours if problem.kind is kind], advice.get(kind, ""))
     kinds = sorted({problem.kind.value for problem in problems} - {ProblemKind.NOT_A_LORA.value})
-    if kinds:
+    if kinds and can_allow:
         lines.append(
             f"to let a kind pass (what does not fit is then left out): {' '.join(f'--allow {kind}' for kind in kinds)}"
         )
     return "\n".join(lines)
 
 
-def _describe_kind(kind: ProblemKind, problems: Sequence[Problem]) -> list[str]:
+def _describe_kind(kind: ProblemKind, problems: Sequence[Problem], advice: str) -> list[str]:
     if kind in (ProblemKind.NO_EFFECT, ProblemKind.ALREADY_FUSED):
-        return [f"  {kind}: {problem.detail}. {_ADVICE.get(kind, '')}".rstrip() for problem in problems]
+        return [f"  {kind}: {problem.detail}. {advice}".rstrip() for problem in problems]
     names = ", ".join(problem.subject for problem in problems[:_NAMES_SHOWN])
     more = f", and {len(problems) - _NAMES_SHOWN} more" if len(problems) > _NAMES_SHOWN else ""
-    return [f"  {len(problems)} x {kind}: {names}{more}", f"    {problems[0].detail}. {_ADVICE.get(kind, '')}".rstrip()]
+    return [f"  {len(problems)} x {kind}: {names}{more}", f"    {problems[0].detail}. {advice}".rstrip()]
 
 
 def describe_plan(plan: FusePlan) -> str:
