@@ -33,6 +33,7 @@ OLD_PROMPTS = str(Path(__file__).parents[1] / "prompts.txt")
 PLAIN = {"objective_base": "fused", "preserve_weight": "0"}
 PRESERVED = {"objective_base": "fused", "preserve_weight": "1"}
 THROUGH = {"objective_base": "original", "preserve_weight": "0"}
+NEAR = {"preserve_prompts": OLD_PROMPTS}
 VARIANTS = (
     Variant("plain", "plain flow matching", options=PLAIN),
     Variant("few", "only the few-step noise levels", options={**PLAIN, "timestep_sampling": "manifest"}),
@@ -44,7 +45,12 @@ VARIANTS = (
             options={**PRESERVED, "noise_coupling": "minibatch_ot"}),
     Variant("through", "through the original weights", options=THROUGH),
     Variant("default", "through the original weights, preservation (default)"),
-    Variant("near", "the same, preserving the old prompts themselves", options={"preserve_prompts": OLD_PROMPTS}),
+    Variant("near", "through the original weights, preserving the old prompts", options=NEAR),
+    Variant("near-light", "preserving the old prompts at weight 0.3", options={**NEAR, "preserve_weight": "0.3"}),
+    Variant("near-mix", "preserving the old prompts, half few-step levels",
+            options={**NEAR, "timestep_sampling": "mix:0.5"}),
+    Variant("near-few", "preserving the old prompts, only few-step levels",
+            options={**NEAR, "timestep_sampling": "manifest"}),
     Variant("scaffold", "with a de-distill scaffold", TrainedOn.SCAFFOLD, PLAIN),
     Variant("unfused", "on the original base, Lightning added afterwards", TrainedOn.ORIGINAL, PLAIN),
 )  # fmt: skip
