@@ -1,8 +1,9 @@
-"""Through which weights the training loss runs: the fused ones, or those before the fuse.
+"""Through which weights the training loss runs: the fused ones, or those without what was fused for few steps.
 
 Plain flow matching on a few-step base turns it back into an ordinary one. Where the loss runs through the original
 weights, the LoRA learns what it would have learnt there, and the few-step ability stays in what was fused. The
-original weights are the fused ones with the fused LoRAs taken off, or those of another checkpoint, swapped in.
+original weights are the fused ones with the fused LoRAs taken off, or those of another checkpoint, swapped in. Of
+several fused LoRAs only those that brought the few steps need to go: the new LoRA is used together with the others.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from torch import Tensor, nn
 from lorafuse_common.checkpoint import Checkpoint, open_checkpoint
 from lorafuse_common.errors import ConfigError
 from lorafuse_common.hashing import sha256_of
-from lorafuse_common.manifest import Manifest, Role, find_lora
+from lorafuse_common.manifest import FusedLora, Manifest, Role, find_lora
 from lorafuse_common.tensorfile import read_tensor
 from lorafuse_train.base import Base, original_transformer
 from lorafuse_train.few_step.frozen_lora import FrozenLora, LoraSource, find_modules, joined, load_frozen, read_factors
 from lorafuse_train.options.config import TrainConfig
-from lorafuse_train.options.config_few_step import AUTO, FUSED, ORIGINAL
+from lorafuse_train.options.config_few_step import AUTO, FUSED, ORIGINAL, WITHOUT
 from lorafuse_train.samples.original_rows import original_on_host
 
 
@@ -34,7 +35,7 @@ class Objective:
     """Which weights, decided and checked before any are loaded."""
 
     base: str = FUSED
-    """FUSED or ORIGINAL."""
+    """FUSED, ORIGINAL, or WITHOUT and the names of the LoRAs that are taken off."""
     reason: str = ""
     taken_off: tuple[LoraSource, ...] = ()
     """The fused LoRAs, at minus their strength."""
@@ -42,6 +43,11 @@ class Objective:
     """The transformer whose weights are swapped in, where LoRAs cannot be taken off."""
     adapter: LoraSource | None = None
     """Of `--train_adapter`."""
+
+    @property
+    def leaves_some(self) -> bool:
+        """Whether other fused LoRAs stay on."""
+        return self.base.startswith(WITHOUT)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -64,9 +70,14 @@ def is_few_step(manifest: Manifest | None) -> bool:
 
 def came_with_a_lora(manifest: Manifest) -> bool:
     """Whether what was fused made a base draw in few steps; what the user says of a schedule, is taken for that."""
+    stated = manifest.schedule is not None and manifest.schedule.source.startswith("--schedule")
+    return stated or any(_brought(manifest, lora.name) for _, loras in manifest.lineage for lora in loras)
+
+
+def _brought(manifest: Manifest, name: str) -> bool:
+    """Whether the schedule is that of the LoRA of this name."""
     source = manifest.schedule.source if manifest.schedule else ""
-    names = [lora.name for _, loras in manifest.lineage for lora in loras]
-    return source.startswith("--schedule") or any(source == name or source.startswith(f"{name} (") for name in names)
+    return source == name or source.startswith(f"{name} (")
 
 
 def plan_objective(config: TrainConfig, base: Base) -> Objective:
@@ -98,14 +109,15 @@ def _objective(config: TrainConfig, base: Base, checkpoint: Checkpoint) -> Objec
         return Objective(FUSED, "because the base drew in few steps before the fuse already")
     if manifest is None:
         raise ConfigError(f"--objective_base {asked}: {base.folder} has no lorafuse.json, so nothing was fused into it")
-    reason = "as asked" if asked == ORIGINAL else "because the base is for few steps"
+    reason = "because the base is for few steps" if asked == AUTO else "as asked"
+    names = _names_off(config, base, manifest)
     faults: list[str] = []
-    sources = _fused_sources(config, base, manifest, checkpoint, faults)
+    sources = _fused_sources(config, base, manifest, checkpoint, names, faults)
     if not faults:
-        return Objective(ORIGINAL, reason, taken_off=sources)
+        return Objective(f"{WITHOUT}{','.join(names)}" if names else ORIGINAL, reason, taken_off=sources)
     if config.use_dora:  # which divides by the length of the weights' rows, and they would be those of the fused ones
         faults.append("and a DoRA's lengths are those of the fused weights, so that others cannot be swapped in")
-    elif config.original_model:
+    elif config.original_model and not config.names_off:
         return Objective(ORIGINAL, reason, original=original_transformer(config.original_model, base.component))
     raise ConfigError(
         f"--objective_base {asked}: the training loss is to run through the weights before the fuse, {reason}, but the "
@@ -116,33 +128,66 @@ def _objective(config: TrainConfig, base: Base, checkpoint: Checkpoint) -> Objec
     )
 
 
-def _fused_sources(
-    config: TrainConfig, base: Base, manifest: Manifest, checkpoint: Checkpoint, faults: list[str]
-) -> tuple[LoraSource, ...]:
-    """Every LoRA in the base, at minus its strength; `faults` gets why one cannot be taken off."""
+def _names_off(config: TrainConfig, base: Base, manifest: Manifest) -> tuple[str, ...]:
+    """Which LoRAs alone are to be taken off, by name; none: all of them.
+
+    Raises:
+        ConfigError: the user names one that was not fused.
+    """
+    ours: dict[str, set[str]] = {}
+    for lora in _loras(base, manifest):
+        ours.setdefault(lora.name, set()).add(lora.sha256)
+    if missing := [name for name in config.names_off if name not in ours]:
+        raise ConfigError(
+            f"--objective_base {config.objective_base}: {', '.join(missing)} was not fused into {base.folder}; "
+            f"expected some of {', '.join(ours)}"
+        )
+    if config.objective_base != AUTO:
+        return config.names_off
+    brought = tuple(name for name, files in ours.items() if _brought(manifest, name) and len(files) == 1)
+    return brought if len(brought) < len(ours) else ()
+
+
+def _loras(base: Base, manifest: Manifest) -> list[FusedLora]:
+    """Those fused into this transformer, the last fuse's first."""
     component = base.component if manifest.component else None
+    return [lora for _, loras in manifest.lineage for lora in loras if lora.component in (None, component)]
+
+
+def _fused_sources(
+    config: TrainConfig,
+    base: Base,
+    manifest: Manifest,
+    checkpoint: Checkpoint,
+    names: Sequence[str],
+    faults: list[str],
+) -> tuple[LoraSource, ...]:
+    """The LoRAs in the base of these names, or all, at minus their strength; `faults` gets why one cannot be taken
+    off."""
     given = {sha256_of(path): path for path in config.lora_fused}
-    changed = {change.name for change in manifest.changes if change.component == component}
-    sources, covered = [], set[str]()
-    for depth, (_, loras) in enumerate(manifest.lineage):
-        for lora in loras:
-            if lora.component not in (None, component):
-                continue
-            path = given.get(lora.sha256) or find_lora(lora, base.folder)
-            if path is None:
-                faults.append(f"{lora.name}: its file is not kept in {base.folder}, nor where it was")
-                continue
-            try:
-                source = find_modules(path, lora.sha256, -lora.strength, checkpoint, alpha=lora.alpha)
-            except ConfigError as error:
-                faults.append(str(error))
-                continue
-            sources.append(source)
-            covered |= {f"{module}.weight" for module in source.modules} if depth == 0 else set()
-    if not faults and changed - covered:
-        strange = changed - covered
+    sources = []
+    for lora in _loras(base, manifest):
+        if names and lora.name not in names:
+            continue
+        path = given.get(lora.sha256) or find_lora(lora, base.folder)
+        if path is None:
+            faults.append(f"{lora.name}: its file is not kept in {base.folder}, nor where it was")
+            continue
+        try:
+            sources.append(find_modules(path, lora.sha256, -lora.strength, checkpoint, alpha=lora.alpha))
+        except ConfigError as error:
+            faults.append(str(error))
+    if not names and not faults and (strange := _changed_by_others(base, manifest, sources)):
         faults.append(f"{len(strange)} tensors were changed by no weight of these LoRAs (first: {min(strange)})")
     return tuple(sources)
+
+
+def _changed_by_others(base: Base, manifest: Manifest, sources: Sequence[LoraSource]) -> set[str]:
+    """The tensors that the last fuse changed and none of its LoRAs has as a weight."""
+    component = base.component if manifest.component else None
+    last = {lora.sha256 for lora in manifest.loras}
+    covered = {f"{module}.weight" for its in sources if its.sha256 in last for module in its.modules}
+    return {change.name for change in manifest.changes if change.component == component} - covered
 
 
 @dataclass(frozen=True, slots=True)

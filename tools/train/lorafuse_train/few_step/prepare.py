@@ -78,13 +78,16 @@ def _trajectories(plan: Plan, encodings: Encodings, precision: Precision) -> Tra
 
 def _describe_objective(plan: Plan, objective: ObjectiveBase, transformer: Any) -> str:
     chosen = plan.objective
-    text = f"training loss: through the {chosen.base} weights, {chosen.reason}"
+    weights = "fused weights without a part of what was fused" if chosen.leaves_some else f"{chosen.base} weights"
+    text = f"training loss: through the {weights}, {chosen.reason}"
     if objective.fused:
         names = ", ".join(f"{source.path.name} x {-source.strength:g}" for source in chosen.taken_off)
         # A token costs a layer as many products as it has weights, and a LoRA as many as it has.
         base = sum(parameter.numel() for parameter in transformer.parameters())
         more = sum(a.numel() + b.numel() for a, b in objective.fused.factors.values()) / base
         text += f"; taken off: {names} ({objective.fused.nbytes / MIB:.1f} MiB, about {more:.0%} more time a step)"
+        if len(chosen.taken_off) > 1 and not chosen.leaves_some:
+            text += "\n  if one of them alone brought the few steps, say so: --objective_base without:NAME"
     if objective.original:
         size = objective.original.nbytes / MIB
         text += f"; {len(objective.original.pairs)} tensors of {chosen.original} are kept beside ({size:.1f} MiB)"
@@ -111,9 +114,9 @@ def _describe_leftover(
     manifest, original = plan.base.manifest, plan.config.original_model
     assert manifest
     fused = open_checkpoint(plan.base.transformer)
-    if original is None:
+    if original is None or plan.objective.leaves_some:
         share = recorded_leftover(manifest, fused)
-        return f"  what rounding left of them: {share:.2%} of what they changed, by lorafuse.json"
+        return f"  exact but for rounding: {share:.2%} of what the last fuse changed, by lorafuse.json"
     folder = original_transformer(original, plan.base.component)
     share = leftover(plan.objective.taken_off, fused, open_checkpoint(folder))
     text = f"  what rounding left of them: {share:.2%} of what they changed in the weights of {original}"

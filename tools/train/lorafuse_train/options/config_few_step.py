@@ -8,7 +8,7 @@ from typing import Annotated
 
 from lorafuse_train.options.entry import FEW_STEP, ONE_OR_MORE, Bounds, Entry
 
-AUTO, FUSED, ORIGINAL = "auto", "fused", "original"
+AUTO, FUSED, ORIGINAL, WITHOUT = "auto", "fused", "original", "without:"
 NUMBER = r"\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+"
 MINIBATCH_OT, NEAREST = "minibatch_ot", "nearest:"
 MAKE_DEDISTILL = "make_dedistill"
@@ -27,10 +27,13 @@ class FewStepOptions:
             (
                 "The weights that the training loss runs through. fused: as they are; original: without what was "
                 "fused, by the fused LoRAs at strength -1 or, where they cannot be had, the weights of "
-                "--original_model; samples and --preserve_weight use the fused ones. auto: original for a few-step "
-                "base of role deploy, else fused."
+                "--original_model; without:FILE,...: without these of the fused LoRAs, by name, so that a fused style "
+                "stays. Samples and --preserve_weight use the fused ones. auto: for a few-step base of role deploy "
+                "without the LoRAs that brought the few steps where lorafuse.json tells them, else original; for "
+                "others fused."
             ),
-            choices=(AUTO, FUSED, ORIGINAL),
+            form=rf"{AUTO}|{FUSED}|{ORIGINAL}|{WITHOUT}.+",
+            expected=f"{AUTO}, {FUSED}, {ORIGINAL} or {WITHOUT}NAME of a fused LoRA",
         ),
     ] = AUTO
     preserve_weight: Annotated[
@@ -106,6 +109,11 @@ class FewStepOptions:
     def preserve_number(self) -> float | None:
         """`--preserve_weight`; None for auto."""
         return None if self.preserve_weight == AUTO else float(self.preserve_weight)
+
+    @property
+    def names_off(self) -> tuple[str, ...]:
+        """The LoRAs that `--objective_base without:` names."""
+        return tuple(self.objective_base.removeprefix(WITHOUT).split(",")) if WITHOUT in self.objective_base else ()
 
     @property
     def nearest_of(self) -> int:
