@@ -56,6 +56,8 @@ class Schedule:
     """Where it was learnt from: `--schedule`, a LoRA's file name, or the parent's manifest."""
     scheduler: Mapping[str, object] | None = None
     """The config of the diffusers scheduler that gives these noise levels, where it is known."""
+    loras: tuple[str, ...] = ()
+    """The fused LoRAs that made it few-step, by `FusedLora.name`, as far as names and headers told."""
 
     @property
     def steps(self) -> int:

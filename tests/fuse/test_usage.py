@@ -241,6 +241,27 @@ def test_a_header_that_says_scaffold(run: Run, base: Path, tmp_path: Path) -> No
     assert "is to stay at inference (--role deploy)" in err
 
 
+def test_what_made_it_few_step_is_recorded(run: Run, base: Path, tmp_path: Path) -> None:
+    """Of several LoRAs those that are known, state a schedule or look like it; alone any; and through a chain."""
+    known, fast = lora(tmp_path / LIGHTNING_NAME), lora(tmp_path / "my-lightning.safetensors", 2)
+    style, plain = lora(tmp_path / "style.safetensors", 3), lora(tmp_path / "plain.safetensors", 4)
+    stated = lora(tmp_path / "s.safetensors", 5, {"few_step_schedule": json.dumps({"sigmas": FOUR})})
+    levels = ("--schedule", "1,0.9,0.75,0.5")
+    for number, (files, more, names) in enumerate([
+        ((known, style), (), [known]), ((style, fast), levels, [fast]), ((stated, style), (), [stated]),
+        ((known, stated), (), [known, stated]), ((plain,), levels, [plain]), ((plain, style), levels, []),
+        ((fast,), (*levels, "--role", "scaffold"), []),
+    ]):  # fmt: skip
+        given = [part for file in files for part in ("--lora", file)]
+        manifest, _ = fused(run, base, tmp_path / f"out-{number}", *given, *more)
+        assert manifest.schedule
+        assert manifest.schedule.loras == tuple(path.name for path in names), number
+    for number, more in enumerate([(), levels]):
+        manifest, _ = fused(run, tmp_path / "out-4", tmp_path / f"chain-{number}", "--lora", style, *more)
+        assert manifest.schedule
+        assert manifest.schedule.loras == ("plain.safetensors",)
+
+
 def test_manifests_of_the_last_schema_are_read(run: Run, base: Path, tmp_path: Path) -> None:
     """What they did not know has the meaning that it had then."""
     fused(run, base, tmp_path / "one", "--lora", lora(tmp_path / "style.safetensors"))

@@ -313,7 +313,7 @@ def test_a_fused_style_stays_where_only_the_few_steps_are_to_go(
 
 def test_a_base_that_was_for_few_steps_before(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = json.loads((world / "fused" / MANIFEST_NAME).read_text())
-    manifest["schedule"]["source"] = "turbo (A few-step model)"
+    manifest["schedule"] |= {"source": "turbo (A few-step model)", "loras": []}
     turbo = shutil.copytree(world / "fused", tmp_path / "turbo")
     (turbo / MANIFEST_NAME).write_text(json.dumps(manifest))
     run(tmp_path, tmp_path / "out", fused="turbo", dataset_base_path=world / "data", **KEPT)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lorafuse_common.checkpoint import Checkpoint, Form, read_json
 from lorafuse_common.errors import ConfigError
@@ -108,7 +108,8 @@ def _schedule(
     if asked == "none":
         return None
     if asked != "auto":
-        return read_schedule(asked)
+        stated = read_schedule(asked)
+        return replace(stated, loras=_made_few_step(loras, base)) if role is Role.DEPLOY else stated
     found = [(lora, its) for lora in loras if (its := _of_lora(lora, base, remarks))]
     if role is Role.SCAFFOLD:
         remarks += [f"{lora.request.path.name}: its schedule is not recorded: it is a scaffold" for lora, _ in found]
@@ -118,14 +119,32 @@ def _schedule(
         found = [(lora, its) for lora, its in found if lora.request.strength > 0]
         if not found:
             return None
-    if len({(its.sigmas, its.guidance_scale) for _, its in found}) > 1:
+    if len({(_levels(its), its.guidance_scale) for _, its in found}) > 1:  # to 4 digits, as they are shown
         texts = [f"{lora.request.path.name}: {_levels(its)}" for lora, its in found]
         raise ConfigError(f"the LoRAs want different few-step schedules ({'; '.join(texts)}); choose with --schedule")
     if found:
-        return found[0][1]
+        return replace(found[0][1], loras=_made_few_step(loras, base))
     if any(_scaffold_sign(lora, base) for lora in loras):
         return None
     return _of_base(base, remarks)
+
+
+def _made_few_step(loras: Sequence[LoraPlan], base: Checkpoint) -> tuple[str, ...]:
+    """The names of the LoRAs, earlier fused ones too, that make the model few-step: the trainer takes them off."""
+    added = [lora for lora in loras if lora.request.strength > 0]
+    names = [lora.request.path.name for lora in added if _is_few_step(lora, base)]
+    if before := _of_base(base, []):
+        names += before.loras
+    elif not names and len(added) == 1:
+        names = [added[0].request.path.name]
+    return tuple(dict.fromkeys(names))
+
+
+def _is_few_step(lora: LoraPlan, base: Checkpoint) -> bool:
+    names, family = _names_of(lora), _family(base)
+    if SCHEDULE_KEY in lora.metadata or recognise(names, family, (Kind.FEW_STEP_LORA,)):
+        return True
+    return looks_few_step(names, family) is not None and not recognise(names, family, (Kind.DEDISTILL,))
 
 
 def _levels(schedule: Schedule) -> str:

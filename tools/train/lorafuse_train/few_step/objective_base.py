@@ -70,14 +70,8 @@ def is_few_step(manifest: Manifest | None) -> bool:
 
 def came_with_a_lora(manifest: Manifest) -> bool:
     """Whether what was fused made a base draw in few steps; what the user says of a schedule, is taken for that."""
-    stated = manifest.schedule is not None and manifest.schedule.source.startswith("--schedule")
-    return stated or any(_brought(manifest, lora.name) for _, loras in manifest.lineage for lora in loras)
-
-
-def _brought(manifest: Manifest, name: str) -> bool:
-    """Whether the schedule is that of the LoRA of this name."""
-    source = manifest.schedule.source if manifest.schedule else ""
-    return source == name or source.startswith(f"{name} (")
+    schedule = manifest.schedule
+    return schedule is not None and (bool(schedule.loras) or schedule.source.startswith("--schedule"))
 
 
 def plan_objective(config: TrainConfig, base: Base) -> Objective:
@@ -144,7 +138,8 @@ def _names_off(config: TrainConfig, base: Base, manifest: Manifest) -> tuple[str
         )
     if config.objective_base != AUTO:
         return config.names_off
-    brought = tuple(name for name, files in ours.items() if _brought(manifest, name) and len(files) == 1)
+    few_step = manifest.schedule.loras if manifest.schedule else ()
+    brought = tuple(name for name, files in ours.items() if name in few_step and len(files) == 1)
     return brought if len(brought) < len(ours) else ()
 
 
