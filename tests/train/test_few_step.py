@@ -320,6 +320,11 @@ def test_a_base_that_was_for_few_steps_before(world: Path, tmp_path: Path, capsy
     printed = capsys.readouterr().out
     assert "through the fused weights, because the base drew in few steps before the fuse already" in printed
     assert "preservation: weight 1" in printed
+    del manifest["schedule"]["loras"]  # as manifests were before there were such entries
+    manifest["schedule"]["source"] = "lightning.safetensors (A few-step LoRA)"
+    (turbo / MANIFEST_NAME).write_text(json.dumps(manifest))
+    run(tmp_path, tmp_path / "older", fused="turbo", dataset_base_path=world / "data", **KEPT)
+    assert "through the original weights, because the base is for few steps" in capsys.readouterr().out
 
 
 def test_why_the_original_weights_cannot_be_had(world: Path, tmp_path: Path) -> None:

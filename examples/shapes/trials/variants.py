@@ -47,10 +47,10 @@ VARIANTS = (
     Variant("default", "through the original weights, preservation (default)"),
     Variant("near", "through the original weights, preserving the old prompts", options=NEAR),
     Variant("near-light", "preserving the old prompts at weight 0.3", options={**NEAR, "preserve_weight": "0.3"}),
-    Variant("near-mix", "preserving the old prompts, half few-step levels",
-            options={**NEAR, "timestep_sampling": "mix:0.5"}),
     Variant("near-few", "preserving the old prompts, only few-step levels",
             options={**NEAR, "timestep_sampling": "manifest"}),
+    Variant("near-fused", "preserving the old prompts, through the fused weights",
+            options={**NEAR, "objective_base": "fused"}),
     Variant("scaffold", "with a de-distill scaffold", TrainedOn.SCAFFOLD, PLAIN),
     Variant("unfused", "on the original base, Lightning added afterwards", TrainedOn.ORIGINAL, PLAIN),
 )  # fmt: skip

@@ -70,8 +70,16 @@ def is_few_step(manifest: Manifest | None) -> bool:
 
 def came_with_a_lora(manifest: Manifest) -> bool:
     """Whether what was fused made a base draw in few steps; what the user says of a schedule, is taken for that."""
+    stated = manifest.schedule is not None and manifest.schedule.source.startswith("--schedule")
+    return stated or any(_made_few_step(manifest, lora.name) for _, loras in manifest.lineage for lora in loras)
+
+
+def _made_few_step(manifest: Manifest, name: str) -> bool:
+    """Whether it was the LoRA of this name; older manifests say so only where the schedule came from it."""
     schedule = manifest.schedule
-    return schedule is not None and (bool(schedule.loras) or schedule.source.startswith("--schedule"))
+    if schedule is None:
+        return False
+    return name in schedule.loras or schedule.source == name or schedule.source.startswith(f"{name} (")
 
 
 def plan_objective(config: TrainConfig, base: Base) -> Objective:
@@ -138,8 +146,7 @@ def _names_off(config: TrainConfig, base: Base, manifest: Manifest) -> tuple[str
         )
     if config.objective_base != AUTO:
         return config.names_off
-    few_step = manifest.schedule.loras if manifest.schedule else ()
-    brought = tuple(name for name, files in ours.items() if name in few_step and len(files) == 1)
+    brought = tuple(name for name, files in ours.items() if _made_few_step(manifest, name) and len(files) == 1)
     return brought if len(brought) < len(ours) else ()
 
 
